@@ -1,0 +1,32 @@
+"""Shared by all tests: environment set before any heavy import, and which tests are integration tests.
+
+A test is an integration test exactly when it lies in tests/integration; those run last, after every cheap one passed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP processes on one core collapse
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is wrong: fail at once, not after retries
+
+UNIT_TIMEOUT_S = 180  # a hang guard; a unit test takes well under a second
+INTEGRATION = Path(__file__).parent / "integration"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if INTEGRATION in item.path.parents:
+            item.add_marker(pytest.mark.integration)
+        elif item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT_S))
+    items.sort(key=lambda item: INTEGRATION in item.path.parents)  # stable: order within each kind is kept
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).resolve().parents[1]
