@@ -1,0 +1,134 @@
+"""The vocabulary of the RL room. No torch, ray or vllm: these records cross process borders.
+
+*group* the n answers sampled for one task · *rollout* one answer with token ids, engine log-probabilities and the
+policy version of each token · *version* the number of optimiser steps behind a set of weights · *staleness* trainer
+version minus a token's version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from rewards.task import Task
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSettings:
+    """What one vLLM engine needs. Two stages with equal `reuse_key` share a running engine."""
+
+    checkpoint: str  # a Hugging Face directory
+    dtype: str = "float32"
+    max_model_len: int = 512  # tokens, prompt and answer together
+    max_num_seqs: int = 128  # sequences decoded at once
+    kv_cache_gib: float = 1.0
+    num_threads: int = 1
+    seed: int = 0
+    prefix_caching: bool = False  # for judges: many prompts with one beginning; salted by version where it is on
+    max_labels: int = 20  # labels one `score_labels` call may ask for
+
+    def reuse_key(self, architecture_digest: str) -> tuple[object, ...]:
+        """Engines differ by shape and settings, not by weights: weights can be loaded into a running engine."""
+        return (
+            architecture_digest,
+            self.dtype,
+            self.max_model_len,
+            self.max_num_seqs,
+            self.kv_cache_gib,
+            self.num_threads,
+            self.prefix_caching,
+            self.max_labels,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleRequest:
+    """Ask an engine for `num_samples` answers to one prompt. Token ids in, token ids out."""
+
+    request_id: str
+    prompt_ids: list[int]
+    num_samples: int
+    max_tokens: int
+    temperature: float = 1.0
+    stop_token_ids: tuple[int, ...] = ()  # beside the checkpoint's own; the one that ends an answer is part of it
+    seed: int | None = None  # None draws from the engine's own generator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampledAnswer:
+    """One answer as the engine gave it. The three lists have one entry per generated token."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # natural log, at the sampling temperature, of the engine that sampled
+    versions: list[int]  # the policy version that produced each token
+    finish_reason: str  # "stop" (ended by itself) or "length" (truncated)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncReport:
+    """What an engine says after it took a set of weights."""
+
+    version: int
+    num_tensors: int
+    digest: str  # sha256 over every tensor's name, shape, dtype and bytes, as the engine received them
+    pause_ms: float
+    load_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One graded answer."""
+
+    task: Task
+    group_id: str
+    answer: SampledAnswer
+    text: str
+    score: float | None  # None: ungraded, never trained on
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """The answers to one task, sampled together."""
+
+    group_id: str
+    task: Task
+    prompt_ids: list[int]
+    rollouts: list[Rollout]
+    leased_at_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainBatch:
+    """What the learner steps on: one row per rollout, lists in the same order."""
+
+    version: int  # the learner's version before the step
+    prompt_ids: list[list[int]]
+    answer_ids: list[list[int]]
+    generator_logprobs: list[list[float]]
+    token_versions: list[list[int]]
+    advantages: list[float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """What the learner says after one optimiser step."""
+
+    version: int  # after the step
+    metrics: dict[str, float]
+    trained_tokens: int
+    seconds: float = 0.0
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+class Generator(Protocol):
+    """An engine that samples. `rl/generator.py` is the real one; tests may hand in another."""
+
+    async def sample(self, request: SampleRequest) -> list[SampledAnswer]: ...
+    async def take_weights(self, path: str, version: int, expected_digest: str | None = None) -> SyncReport: ...
+
+
+class Learner(Protocol):
+    """The trainer's side."""
+
+    async def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport: ...

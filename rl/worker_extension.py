@@ -1,0 +1,137 @@
+"""What runs inside the vLLM worker: a shared-memory backend for vLLM's own weight-transfer interface.
+
+vLLM imports this module by the name given in `worker_extension_cls`, in the process that holds the model. An update is
+a transaction: names, shapes and digest are checked before the first tensor is touched, and a refused update leaves the
+engine as it was. After an accepted one the engine equals, bit for bit, an engine started from those weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import layerwise
+
+from rl.weight_sync import WeightFiles, WeightsRefused, check_names, check_tied_head, weights_digest
+
+BACKEND = "shm"
+
+
+def repack_for_cpu(model: torch.nn.Module) -> None:
+    """Redo the packing for CPU kernels that vLLM forgets on a reload. Without it the engine answers from old or
+    scrambled weights, and no error says so:
+
+    - expert weights are packed only when their layer is first loaded, and afterwards lie unpacked behind a kernel that
+      reads them as packed;
+    - an output head tied to the embedding is sent no tensor of its own, and keeps its packed copy of the old one.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        kernel = getattr(method, "moe_kernel", None)
+        if kernel is not None and hasattr(module, "w13_weight"):
+            kernel.fused_experts.process_weights_after_loading(module)
+        elif isinstance(method, UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(module)
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    checkpoint: str = ""  # what the engine was started from: the tensors every update must bring
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    path: str = ""
+    expected_digest: str | None = None
+
+
+@dataclass
+class Receipt:
+    """What became of the last update. `refusal` empty and `half_loaded` false: the engine holds the new weights."""
+
+    digest: str = ""
+    num_tensors: int = 0
+    refusal: str = ""
+    half_loaded: bool = False
+
+
+@dataclass
+class _Expected:
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    tied: bool = False
+
+
+class SharedMemoryEngine(WeightTransferEngine):
+    """Loads a published safetensors file, or a whole Hugging Face directory, into the running model."""
+
+    init_info_cls, update_info_cls = InitInfo, UpdateInfo
+    supports_draft_weight_update = False
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        tied = bool(getattr(self.model_config.hf_text_config, "tie_word_embeddings", False))
+        with WeightFiles(init_info.checkpoint) as weights:
+            self.expected = _Expected(weights.shapes(), tied)
+        self.receipt = Receipt()
+
+    def start_weight_update(self) -> None:
+        # Taking the layers apart waits until the weights have been verified, in `receive_weights`.
+        self.receipt = Receipt()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        # The base class synchronises an accelerator here, which a CPU does not have.
+        self.receive_weights(self.parse_update_info(update_info))
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Verify, then load. Raises `WeightsRefused`; the receipt says whether the model was touched."""
+        try:
+            with WeightFiles(update_info.path) as weights:
+                self._verify(weights, update_info)
+                self.receipt.half_loaded = True
+                layerwise.initialize_layerwise_reload(self.model)
+                self.model.load_weights(iter(weights))
+        except WeightsRefused as error:
+            self.receipt.refusal = str(error)
+            raise
+
+    def _verify(self, weights: WeightFiles, update_info: UpdateInfo) -> None:
+        check_names(self.expected.shapes, weights.shapes(), tied=self.expected.tied)
+        if self.expected.tied:
+            check_tied_head(weights)
+        self.receipt.digest, self.receipt.num_tensors = weights_digest(iter(weights)), len(weights)
+        if update_info.expected_digest not in (None, self.receipt.digest):
+            raise WeightsRefused(
+                f"{update_info.path} has digest {self.receipt.digest}, but {update_info.expected_digest} was announced"
+            )
+
+    def finish_weight_update(self) -> None:
+        layerwise.finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            repack_for_cpu(self.model)
+        self.receipt.half_loaded = False
+
+    def shutdown(self) -> None:
+        """Nothing is held between updates."""
+
+
+if BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+
+
+class WorkerExtension:
+    """Mixed into the vLLM worker; its methods are called by name through `collective_rpc`."""
+
+    weight_transfer_engine: Any
+
+    def weight_receipt(self) -> dict[str, Any]:
+        """The `Receipt` of the last update, as plain values."""
+        return vars(self.weight_transfer_engine.receipt)
+
+    def seed_sampling(self, seed: int) -> None:
+        """Restart the generator that unseeded requests draw from."""
+        torch.manual_seed(seed)
