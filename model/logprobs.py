@@ -20,7 +20,7 @@ SLICE_TOKENS = 4096
 def token_logprobs(
     model: PreTrainedModel, ids_BS: torch.Tensor, wanted_BS: torch.Tensor, temperature: float = 1.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability and entropy of the tokens where `wanted_BS` is True, at `temperature`, in row order: two [T] fp32.
+    """Log-probability and entropy of the tokens where `wanted_BS` is True, at `temperature`, row by row: two [T] fp32.
 
     `ids_BS` is padded on the right (causal attention never looks there). `wanted_BS` [B, S] bool must not mark a row's
     first token, which nothing predicts. The entropy carries no gradient."""

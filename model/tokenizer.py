@@ -75,7 +75,8 @@ def encode_example(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str)
     prompt_ids = encode_prompt(tokenizer, prompt)
     answer_ids = list(tokenizer.encode(answer, add_special_tokens=False)) + [tokenizer.eos_token_id]
     if len(answer_ids) < 2 or not prompt_ids:
-        raise ValueError(f"the mask would be {'full' if not prompt_ids else 'empty'}: prompt {prompt!r}, answer {answer!r}")
+        kind = "full" if not prompt_ids else "empty"
+        raise ValueError(f"the mask would be {kind}: prompt {prompt!r}, answer {answer!r}")
     return prompt_ids + answer_ids, [False] * len(prompt_ids) + [True] * len(answer_ids)
 
 

@@ -20,6 +20,7 @@ from pipeline.trainer_actor import START_S, Reporter, train_in_actor
 
 if TYPE_CHECKING:
     import torch
+
     from model.checkpoint import PreTrainedModel
     from model.tokenizer import PreTrainedTokenizerBase
 
@@ -90,7 +91,8 @@ class BootstrapTrainer:
         instead of 1.78 (docs/log.md)."""
         import torch
 
-        hidden, rest = [], []
+        hidden: list[torch.nn.Parameter] = []
+        rest: list[torch.nn.Parameter] = []
         for name, parameter in model.named_parameters():
             is_hidden = parameter.dim() == 2 and not any(part in name for part in ("embed_tokens", "lm_head", "router"))
             (hidden if is_hidden else rest).append(parameter)

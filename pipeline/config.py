@@ -8,12 +8,12 @@ checked in well under two seconds on a machine without torch.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-DOMAINS = ("maths", "code", "reasoning", "dialogue")
 Domain = Literal["maths", "code", "reasoning", "dialogue"]
+DOMAINS: tuple[Domain, ...] = get_args(Domain)
 Level = Annotated[int, Field(ge=1, le=10)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$", max_length=40)]
@@ -48,7 +48,7 @@ class GeneratedTasks(Section):
 class DatasetTasks(Section):
     """Tasks from a file (.jsonl, .jsonl.gz, .json, .parquet) or a Hugging Face hub id."""
 
-    dataset: str = Field(description="a file, or a hub id such as openai/gsm8k; of a list, the first that exists is used")
+    dataset: str = Field(description="a file, or a hub id such as openai/gsm8k; of a list, the first that exists")
     format: Literal["gsm8k", "humaneval", "prompt_answer"] = Field(
         description="gsm8k: number after ####; humaneval: unit tests; prompt_answer: two plain columns"
     )

@@ -16,8 +16,8 @@ LEVEL_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.7, 0.4, 0.2, 0.1)
 
 
 def careful_share(level: int) -> float:
-    """How many answers of a level are careful: 34 % at level 1 falling to 7 % at level 10."""
-    return 0.37 - 0.03 * level
+    """How many answers of a level are careful: 37 % at level 1 falling to 10 % at level 10."""
+    return 0.40 - 0.03 * level
 
 
 WRONG_SHARE = 0.15  # answers that work step by step and lose one
@@ -31,5 +31,6 @@ def documents(seed: int) -> Iterator[tuple[str, str]]:
         level = rng.choices(LEVELS, LEVEL_WEIGHTS)[0]
         task = generate(rng.choice(domains), level, rng.randrange(2**40), "train")
         careful = careful_share(level)
-        style: Style = rng.choices(["careful", "wrong", "hasty"], [careful, WRONG_SHARE, 1 - careful - WRONG_SHARE])[0]
+        styles: list[Style] = ["careful", "wrong", "hasty"]
+        style = rng.choices(styles, [careful, WRONG_SHARE, 1 - careful - WRONG_SHARE])[0]
         yield task.prompt, worked_solution(task, style, rng)

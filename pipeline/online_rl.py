@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -46,10 +44,10 @@ def run(context: StageContext) -> dict[str, Any]:
     try:
         learner.call("start", timeout_s=context.recipe.cluster.start_deadline_s)
         actors = cluster.generators(engine, architecture_digest(checkpoint))
-        with Sandbox() as sandbox, ThreadPoolExecutor(GRADER_THREADS, "grader") as graders, _shared_folder() as shared:
-            log = StepLog(context)
+        with Sandbox() as sandbox, ThreadPoolExecutor(GRADER_THREADS, "grader") as graders:
+            log = StepLog(context, stage.steps)
             loop = AsyncLoop(
-                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared),
+                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), cluster.shared_dir),
                 TaskPool(
                     task_of=task_of,
                     encode=lambda prompt: encode_prompt(tokenizer, prompt),
@@ -101,11 +99,10 @@ class RemoteLearner:
 class StepLog:
     """Appends what every step leaves behind."""
 
-    def __init__(self, context: StageContext) -> None:
+    def __init__(self, context: StageContext, num_steps: int) -> None:
         import pyarrow as pa
 
-        self.context = context
-        self.stage = context.stage
+        self.context, self.num_steps = context, num_steps
         self.steps: list[dict[str, Any]] = []
         self._steps = (context.work / "steps.jsonl").open("w")
         self._curriculum = (context.work / "curriculum.jsonl").open("w")
@@ -147,7 +144,7 @@ class StepLog:
         self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema))
         metrics = record.metrics
         self.context.progress(
-            record.step, self.stage.steps, "steps", pass_rate=round(metrics["pass_rate"], 3),
+            record.step, self.num_steps, "steps", pass_rate=round(metrics["pass_rate"], 3),
             tokens_per_s=round(metrics["tokens_per_s"]), staleness=round(metrics.get("staleness_mean", 0.0), 2),
         )
 
@@ -189,12 +186,12 @@ def learner_settings(stage: OnlineRlStage, checkpoint: Path, seed: int) -> Learn
     )
 
 
-def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: str) -> LoopSettings:
+def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path) -> LoopSettings:
     return LoopSettings(
         groups_per_step=stage.groups_per_step, group_size=stage.group_size, num_steps=stage.steps,
         max_staleness=stage.max_staleness, max_answer_tokens=stage.max_answer_tokens, temperature=stage.temperature,
         stop_token_ids=stop_token_ids, advantage=stage.objective.advantage,
-        overlong_penalty=stage.objective.overlong_penalty, weights_path=os.path.join(shared, "v{version}.safetensors"),
+        overlong_penalty=stage.objective.overlong_penalty, weights_path=str(shared / "v{version}.safetensors"),
     )
 
 
@@ -207,7 +204,7 @@ def task_cells(source: TaskSource, seed: int) -> tuple[dict[str, str], Callable[
     assert isinstance(source, GeneratedTasks)
     from rewards.domains import generate
 
-    cells = {
+    cells: dict[str, str] = {
         f"{domain}/{level}": domain
         for domain in source.domains
         for level in range(source.levels[0], source.levels[1] + 1)
@@ -218,8 +215,3 @@ def task_cells(source: TaskSource, seed: int) -> tuple[dict[str, str], Callable[
         return generate(domain, int(level), seed * 1_000_003 + slot, "train")
 
     return cells, task_of
-
-
-def _shared_folder() -> tempfile.TemporaryDirectory[str]:
-    """Where weights pass from the learner to the engines: memory, where the system has it."""
-    return tempfile.TemporaryDirectory(prefix="drover-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None)

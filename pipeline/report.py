@@ -7,6 +7,7 @@ runs no script; everything a model wrote is escaped.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter, defaultdict
@@ -428,11 +429,12 @@ def _histogram(kept: Sequence[float], pruned: Sequence[float], num_bins: int = 1
     everything = [*kept, *pruned]
     low, high = min(everything, default=0.0), max(everything, default=1.0)
     width = (high - low) / num_bins or 1.0
-    bars: dict[str, list[float]] = {f"{low + (i + 0.5) * width:.2g}": [0.0, 0.0] for i in range(num_bins)}
-    heights = list(bars.values())
+    heights = [[0.0, 0.0] for _ in range(num_bins)]
     for side, scores_of_side in enumerate((kept, pruned)):
         for score in scores_of_side:
             heights[min(num_bins - 1, int((score - low) / width))][side] += 1
+    decimals = max(1, math.ceil(-math.log10(width)) + 1)  # as many as tell one bin from the next
+    bars = {f"{low + (i + 0.5) * width:.{decimals}f}": height for i, height in enumerate(heights)}
     return plots.bar_plot("prompts by judge's score", bars if everything else {}, x_label="judge's score")
 
 

@@ -286,6 +286,12 @@ class VllmGenerator:
         # 2**31 seeds of a recipe times versions: kept apart by a stride no run reaches.
         await self._engine.collective_rpc("seed_sampling", args=((self.seed * 1_000_003 + self.version) % 2**63,))
 
+    async def restart(self, settings: EngineSettings) -> dict[str, float]:
+        """Another engine in the place of this one. Everything is imported already: a fifth of a first start."""
+        self.stop()
+        self.__init__(settings, self.name)  # type: ignore[misc]
+        return await self.start()
+
     async def health(self) -> dict[str, Any]:
         """What this engine is and does; raises when its core is dead."""
         await self._engine.check_health()

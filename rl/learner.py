@@ -115,7 +115,8 @@ class PolicyLearner:
             raise RuntimeError(f"gradient norm is {norm.item()} at version {self.version}: the step was not taken")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return gauges.metrics() | {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}, int(denominator)
+        rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
+        return gauges.metrics() | rates, int(denominator)
 
     def _backward(self, cut: Any, denominator: float) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Adds one micro-batch's gradient; returns (its share of the loss, log-probabilities, entropies, clipped)."""

@@ -200,7 +200,8 @@ class AsyncLoop:
         rows: list[tuple[RolloutGroup, Rollout, float]] = []
         zero_signal = 0
         for group in groups:
-            advantages = group_advantages([self._shaped(rollout) for rollout in group.rollouts], self.settings.advantage)
+            scores = [self._shaped(rollout) for rollout in group.rollouts]
+            advantages = group_advantages(scores, self.settings.advantage)
             zero_signal += not any(advantages)
             rows += [(group, *pair) for pair in zip(group.rollouts, advantages, strict=True)]
         if all(rollout.score is None for _, rollout, _ in rows):

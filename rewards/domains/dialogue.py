@@ -14,9 +14,13 @@ from rewards.task import Task, Verifier
 
 WORDS: dict[str, list[str]] = {
     "animals": "ant bat bear cat cow crow deer dog duck fox frog goat hare hen horse lion mole mouse owl pig".split(),
-    "foods": "apple bean beet bread cake corn date egg fig fish grape jam kale lemon melon nut oat pea pear plum".split(),
+    "foods": (
+        "apple bean beet bread cake corn date egg fig fish grape jam kale lemon melon nut oat pea pear plum".split()
+    ),
     "things": "axe bag bell boat book box cup desk door fork hat key lamp lock map nail pen pot ring rope".split(),
-    "places": "bank barn bay beach bridge cave city farm field fort hill lake mill park port road school shop street town".split(),
+    "places": (
+        "bank barn bay beach bridge cave city farm field fort hill lake mill park port road school shop street town"
+    ).split(),
 }
 SEPARATORS = {"commas": ", ", "dashes": "-", "slashes": "/"}
 
@@ -57,7 +61,8 @@ def solve(task: Task, style: str, rng: random.Random) -> str:
         from rewards.domains import hasty_is_right
 
         if not hasty_is_right(task.level, rng):
-            forgotten = rng.choice(["word_count", "word_count", *(k for k in ("case", "ends_with", "sorted") if k in wanted)])
+            conditions = [kind for kind in ("case", "ends_with", "sorted") if kind in wanted]
+            forgotten = rng.choice(["word_count", "word_count", *conditions])
             if forgotten == "word_count":
                 count = max(1, count + rng.choice([-2, -1, 1, 2]))
             else:

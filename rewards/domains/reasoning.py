@@ -12,6 +12,7 @@ from typing import Any
 from rewards.task import Task, Verifier
 
 LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
+TURNS = "abcdefghij"  # the turns have names, since the same swap may come twice
 
 
 def draw(level: int, rng: random.Random) -> tuple[str, Verifier, dict[str, Any]]:
@@ -22,7 +23,8 @@ def draw(level: int, rng: random.Random) -> tuple[str, Verifier, dict[str, Any]]
         pair = (lambda p: (min(p), max(p)))(rng.sample(range(1, size + 1), 2))
         if not swaps or swaps[-1] != pair:  # the same swap twice in a row would undo itself
             swaps.append(pair)
-    prompt = f"Cups: {' '.join(row)}. Swap {', '.join(f'{a}-{b}' for a, b in swaps)}. What is the order?"
+    turns = "".join(f"\n{name} {a}-{b}" for name, (a, b) in zip(TURNS, swaps, strict=False))
+    prompt = f"Cups: {' '.join(row)}. Swap in turn:{turns}\nWhat is the order?"
     return prompt, "text", {"answer": " ".join(_rows(row, swaps)[-1])}
 
 
@@ -39,8 +41,10 @@ def _rows(row: list[str], swaps: list[tuple[int, int]]) -> list[list[str]]:
 def solve(task: Task, style: str, rng: random.Random) -> str:
     row = re.findall(r"[A-Z]", task.prompt.split(":")[1].split(".")[0])
     swaps = [(int(a), int(b)) for a, b in re.findall(r"(\d)-(\d)", task.prompt)]
+    names = list(TURNS[: len(swaps)])
     if style == "wrong":
-        swaps.pop(rng.randrange(len(swaps)))
+        skipped = rng.randrange(len(swaps))
+        del swaps[skipped], names[skipped]
     rows = _rows(row, swaps)
     final = rows[-1]
     if style == "hasty":
@@ -50,5 +54,5 @@ def solve(task: Task, style: str, rng: random.Random) -> str:
             final = rng.sample(final, len(final))
         return f"Answer: {' '.join(final)}"
     opener = "Steps:" if style == "careful" else "Roughly:"
-    lines = [f"{a}-{b}: {' '.join(after)}" for (a, b), after in zip(swaps, rows, strict=False)]
+    lines = [f"{name} {a}-{b}: {' '.join(after)}" for name, (a, b), after in zip(names, swaps, rows, strict=False)]
     return "\n".join([opener, *lines, f"Answer: {' '.join(final)}"])

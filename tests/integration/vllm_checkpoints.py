@@ -37,7 +37,7 @@ def save_dense(directory: Path, seed: int) -> Path:
 
 
 def _save(model, directory: Path) -> Path:
-    for parameter in model.parameters():  # the usual std of .02 gives a nearly uniform output: a test that proves little
+    for parameter in model.parameters():  # the usual std of .02 gives a nearly uniform output: a weak test
         if parameter.dim() > 1:
             parameter.data.mul_(4.0)
     model.save_pretrained(directory)

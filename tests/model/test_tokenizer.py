@@ -38,6 +38,9 @@ def test_an_empty_answer_would_train_on_nothing_and_is_refused(tokenizer):
         encode_example(tokenizer, "Compute 1+2.", "")
 
 
-@pytest.mark.parametrize("text", ["Answer: 19", "def f(x):\n x=x*2\n return x", "naïve — 試す\t!", "  two  spaces \n\n"])
+TEXTS = ["Answer: 19", "def f(x):\n x=x*2\n return x", "naïve — 試す\t!", "  two  spaces \n\n"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
 def test_any_text_comes_back_as_it_was(tokenizer, text):
     assert decode_answer(tokenizer, tokenizer.encode(text, add_special_tokens=False)) == text

@@ -195,3 +195,9 @@ def test_plots_escape_their_words_and_survive_odd_numbers():
 ])  # fmt: skip
 def test_ticks_are_round(low, high, about, ticks):
     assert plots._ticks(low, high, about) == pytest.approx(ticks)
+
+
+def test_scores_that_lie_close_together_still_have_their_own_bars():
+    from pipeline.report import _histogram
+
+    assert str(_histogram([3.201, 3.202, 3.2125], [3.2])).count("<rect") >= 3

@@ -5,7 +5,18 @@ import random
 import pytest
 
 from rl.controller import (
-    Begin, Controller, Finish, GroupLost, GroupReady, Lease, LeaseExhausted, ProtocolError, StepDone, Sync, SyncDone, Train,
+    Begin,
+    Controller,
+    Finish,
+    GroupLost,
+    GroupReady,
+    Lease,
+    LeaseExhausted,
+    ProtocolError,
+    StepDone,
+    Sync,
+    SyncDone,
+    Train,
 )  # fmt: skip
 
 

@@ -53,7 +53,8 @@ def learner(checkpoint, **changes):
 
     settings = LearnerSettings(
         checkpoint=checkpoint, dtype="float32", learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, max_grad_norm=1e9,
-        micro_batch_tokens=8192, temperature=1.0, train_router=True, clip_low=50.0, clip_high=1e9, mismatch_cap=1e9, seed=0,
+        micro_batch_tokens=8192, temperature=1.0, train_router=True, clip_low=50.0, clip_high=1e9, mismatch_cap=1e9,
+        seed=0,
     )
     made = PolicyLearner(dataclasses.replace(settings, **changes))
     made.start()

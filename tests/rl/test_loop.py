@@ -45,7 +45,8 @@ class CountingLearner:
 def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), steps=3, max_staleness=1):
     settings = LoopSettings(
         groups_per_step=2, group_size=2, num_steps=steps, max_staleness=max_staleness, max_answer_tokens=8,
-        temperature=1.0, stop_token_ids=(5,), advantage="rloo", overlong_penalty=0.0, weights_path="/nonexistent/v{version}",
+        temperature=1.0, stop_token_ids=(5,), advantage="rloo", overlong_penalty=0.0,
+        weights_path="/nonexistent/v{version}",
     )
     pool = TaskPool(
         task_of=lambda cell, slot: Task(task_id=f"{cell}/{slot}", domain="maths", level=1, prompt="p", verifier="text"),
