@@ -394,11 +394,11 @@ def _end_with(pid: int) -> None:
 @contextlib.contextmanager
 def _without_main_module() -> Iterator[None]:
     """Keep multiprocessing from running this process's main script again in the child."""
-    main = sys.modules["__main__"]
-    hidden = {key: main.__dict__.pop(key) for key in ("__file__", "__spec__") if key in main.__dict__}
-    main.__dict__["__spec__"] = None
+    names: dict[str, Any] = vars(sys.modules["__main__"])
+    hidden: dict[str, Any] = {key: names.pop(key) for key in ("__file__", "__spec__") if key in names}
+    names["__spec__"] = None
     try:
         yield
     finally:
-        main.__dict__.pop("__spec__", None)
-        main.__dict__.update(hidden)
+        del names["__spec__"]
+        names.update(hidden)

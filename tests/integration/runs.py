@@ -41,7 +41,12 @@ def events(run_dir: Path) -> Iterator[dict[str, Any]]:
 
 
 def wait_for(
-    process: subprocess.Popen[bytes], run_dir: Path, wanted: Callable[[dict[str, Any]], bool], *, after: float, log: Path
+    process: subprocess.Popen[bytes],
+    run_dir: Path,
+    wanted: Callable[[dict[str, Any]], bool],
+    *,
+    after: float,
+    log: Path,
 ) -> dict[str, Any]:
     """The first event since `after` (unix seconds) that is wanted; fails when the process ends before it."""
     deadline = time.monotonic() + DEADLINE_S

@@ -106,9 +106,9 @@ def test_async_calls_overlap(cluster: Cluster) -> None:
 
 def test_known_errors_keep_their_type_and_others_become_infrastructure_errors(cluster: Cluster) -> None:
     actor = cluster.start("failing", Worker, 0)
-    with pytest.raises(DataError, match="^the reason$"):
+    with pytest.raises(DataError, match="the reason"):
         actor.call("fail", "data", timeout_s=20)
-    with pytest.raises(ValueError, match="^the reason$"):
+    with pytest.raises(ValueError, match="the reason"):
         asyncio.run(actor.call_async("fail", "value", timeout_s=20))
     with pytest.raises(InfrastructureError, match="actor failing: fail failed: ArithmeticError: the reason") as caught:
         actor.call("fail", "other", timeout_s=20)
