@@ -313,7 +313,7 @@ class Cluster:
         except BaseException:
             self.stop(actor)
             raise
-        self.emit("actor_started", actor=name, seconds=round(time.perf_counter() - begin, 3))
+        self.emit("actor_started", actor=name, pid=actor._pid, seconds=round(time.perf_counter() - begin, 3))
         return actor
 
     def _launch(

@@ -203,6 +203,7 @@ class EvaluateStage(Stage):
     max_answer_tokens: PositiveInt = 160
     temperature: PositiveFloat = 1.0
     dtype: Literal["bfloat16", "float32"] = Field("float32", description="as the RL stage's: the engine is shared")
+    engines: PositiveInt | None = Field(None, description="engines that sample; null: cluster.generators")
 
     @model_validator(mode="after")
     def _enough_samples(self) -> EvaluateStage:
@@ -230,7 +231,6 @@ class BootstrapStage(Stage):
     batch_tokens: PositiveInt = 4096
     learning_rate: PositiveFloat = Field(3e-3, description="of AdamW: experts, embedding, head, router, norms")
     muon_learning_rate: PositiveFloat = Field(0.02, description="of Muon: attention, dense and shared-expert matrices")
-    num_threads: PositiveInt = 2
 
 
 AnyStage = Annotated[

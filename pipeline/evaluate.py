@@ -168,7 +168,9 @@ class Examination:
         from model.checkpoint import architecture_digest
 
         questions = [self.question(task) for task in tasks]
-        generators = self.context.cluster.generators(self.engine, architecture_digest(self.checkpoint))
+        generators = self.context.cluster.generators(
+            self.engine, architecture_digest(self.checkpoint), self.stage.engines
+        )
         places = max(
             1, 2 * self.engine.max_num_seqs // self.stage.samples
         )  # tasks at one engine: it always has a queue

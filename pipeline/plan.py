@@ -122,7 +122,7 @@ def make_plan(
 
 def _actors(recipe: Recipe, stage: AnyStage) -> list[ActorPlan]:
     if isinstance(stage, BootstrapStage):
-        return [_actor(recipe, "driver", cpus=stage.num_threads)]  # trains in the run's own process
+        return [_actor(recipe, "trainer")]
     if isinstance(stage, JudgeFilterStage):
         actors = [_generator(recipe, "judge", stage.judge.model, stage.judge.dtype)]
         if stage.calibrate_policy:
@@ -138,7 +138,8 @@ def _actors(recipe: Recipe, stage: AnyStage) -> list[ActorPlan]:
             _generator(recipe, "generator", stage.policy, stage.dtype, recipe.cluster.generators),
             _actor(recipe, "learner", count=recipe.cluster.learners, memory=memory),
         ]
-    return [_generator(recipe, "generator", stage.policies[0], "float32", recipe.cluster.generators)]
+    count = stage.engines or recipe.cluster.generators
+    return [_generator(recipe, "generator", stage.policies[0], stage.dtype, count)]
 
 
 def _actor(

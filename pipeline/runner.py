@@ -62,7 +62,9 @@ def _code_version_of(kind: str) -> str:
 def _make_cluster(recipe: Recipe, run_dir: Path, emit: Callable[..., None]) -> Cluster:
     from pipeline.cluster import Cluster
 
-    return Cluster(recipe.cluster, run_dir, emit, recipe.run.seed)
+    cluster = Cluster(recipe.cluster, run_dir, emit, recipe.run.seed)
+    cluster.warm_up()  # Ray's three seconds pass while the stage reads its data
+    return cluster
 
 
 def _write_report(run_dir: Path) -> Path:

@@ -11,8 +11,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
-from tests.integration.runs import ROOT, complete, events, kill, processes_of, start, wait_for
+from runs import ROOT, complete, events, kill, processes_of, start, wait_for
 
 RECIPE = "recipes/smoke.yaml"
 STAGES = ["seedling", "keep", "warm", "climb", "tidy", "score"]
