@@ -176,7 +176,7 @@ def held_out_prompt(start: str) -> str:
 def context_of(stage: EvaluateStage, root: Path, engine: Any, events: list) -> StageContext:
     work = root / "work"
     work.mkdir()
-    cluster: Any = SimpleNamespace(generators=lambda settings, digest: [engine])
+    cluster: Any = SimpleNamespace(generators=lambda settings, digest, count: [engine])
     recipe: Any = SimpleNamespace(cluster=ClusterSettings())
     inputs = {policy: root / policy for policy in stage.policies}
 
