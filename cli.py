@@ -2,7 +2,7 @@
 
 Entry of the console script `drover`, and of `python cli.py`. Heavy imports happen inside the commands, so that
 `validate` and `plan` answer at once. Exit codes: 0 done · 2 the recipe is wrong · 3 the data is wrong ·
-4 infrastructure failed, run again · 5 a gate stopped the run · 1 a fault in drover itself · 130 interrupted.
+4 infrastructure or drover itself failed, run again · 5 a gate stopped the run · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ EXIT_CODES: dict[type[BaseException], tuple[int, str]] = {
     OSError: (4, "infrastructure failed; the same command resumes"),
     MemoryError: (4, "out of memory; the same command resumes"),
     GateStopped: (5, "a gate stopped the run"),
-    Exception: (1, "a fault in drover itself; --debug shows where"),
+    Exception: (4, "a fault in drover itself; --debug shows where"),
 }
 
 app = typer.Typer(

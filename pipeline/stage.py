@@ -58,6 +58,8 @@ class StageContext:
             return resolve(reference)
         except CheckpointNotFound as error:
             raise DataError(str(error)) from error
+        except TimeoutError as error:
+            raise InfrastructureError(str(error)) from error
 
 
 StageFunction = Callable[[StageContext], dict[str, Any]]

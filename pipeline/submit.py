@@ -7,9 +7,9 @@ names by a relative path. Absolute paths and hub ids stay as they are: they must
 on the cluster must have the packages of requirements/cpu.lock or gpu.txt. The run directory stays on the cluster, at
 the absolute form of `run.dir` (set it to shared storage: `--set run.dir=/shared/runs/tiny`); submitting again resumes.
 
-What each wait waits for, and what ends it: a request to the head (its reply, or REQUEST_DEADLINE_S); the log (its end,
-or the head not answering, asked every HEARTBEAT_S while the log is silent); the job's end after its log's end or after
-a request to stop (END_DEADLINE_S). The job itself keeps the deadlines of the run.
+What each wait waits for, and what ends it: a request to the head (its reply, or REQUEST_DEADLINE_S); the job's start
+(PENDING_DEADLINE_S); the log (its end, or the head not answering, asked every HEARTBEAT_S while the log is silent);
+the job's end after its log's end or after a request to stop (END_DEADLINE_S). The job itself keeps the deadlines of the run.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from __future__ import annotations
 import asyncio
 import os
 import tempfile
-import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from model.deadline import call_within
 from pipeline.config import Recipe
 from pipeline.recipe import PATH_KEYS, load, resolved_yaml
 from pipeline.stage import InfrastructureError, RecipeError
@@ -40,6 +39,7 @@ ENTRYPOINT = f"python -m cli run {RECIPE_NAME}"
 MAX_PACKAGE_BYTES = 50_000_000  # before compression; more belongs on shared storage or a hub
 SHOWN_PATHS = 5
 REQUEST_DEADLINE_S = 60.0
+PENDING_DEADLINE_S = 600.0  # the head unpacks the package and starts one process; Ray itself gives up after 900
 HEARTBEAT_S = 15.0
 STOP_WAIT_S = 30  # `drover run` needs ten to stop cleanly; then Ray kills it
 END_DEADLINE_S = STOP_WAIT_S + 30.0
@@ -174,6 +174,7 @@ def run_job(client: JobSubmissionClient, entrypoint: str, package: Path, *, foll
     if not follow:
         return 0
     try:
+        _await_start(client, job)
         asyncio.run(_follow_log(client, job))
         return _exit_code(job, _await_end(client, job))
     except KeyboardInterrupt:
@@ -218,6 +219,20 @@ async def _next_chunk(client: JobSubmissionClient, job: str, chunks: Any) -> str
         waiting.cancel()
 
 
+def _await_start(client: JobSubmissionClient, job: str) -> None:
+    """Return once the job is no longer PENDING. After PENDING_DEADLINE_S, stop it and raise InfrastructureError."""
+    deadline = time.monotonic() + PENDING_DEADLINE_S
+    while (details := _details(client, job)).status.value == "PENDING":
+        if time.monotonic() > deadline:
+            _ask("stop the job", client.stop_job, job)
+            raise InfrastructureError(
+                f"{job} was still PENDING after {PENDING_DEADLINE_S:.0f} s, and is stopped ({details.message}). It "
+                f"asks of the cluster a node with a running job agent that can fetch the package and start {ENTRYPOINT!r}; "
+                "it reserves no CPU or GPU. See `ray status` and the head's dashboard, then submit again"
+            )
+        time.sleep(POLL_S)
+
+
 def _await_end(client: JobSubmissionClient, job: str) -> JobDetails:
     """The job's details once it has ended; InfrastructureError when it goes on for END_DEADLINE_S."""
     deadline = time.monotonic() + END_DEADLINE_S
@@ -242,17 +257,8 @@ def _details(client: JobSubmissionClient, job: str) -> JobDetails:
 
 def _ask(what: str, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """Call Ray's client, which has no timeouts of its own; whatever goes wrong becomes an InfrastructureError."""
-    answer: Future[T] = Future()
-
-    def call() -> None:
-        try:
-            answer.set_result(function(*args, **kwargs))
-        except BaseException as error:  # noqa: B036 (handed to the waiting thread)
-            answer.set_exception(error)
-
-    threading.Thread(target=call, name=f"ray: {what}", daemon=True).start()  # a daemon does not keep us from leaving
     try:
-        return answer.result(timeout=REQUEST_DEADLINE_S)
+        return call_within(REQUEST_DEADLINE_S, function, *args, **kwargs)
     except TimeoutError:
         raise InfrastructureError(f"could not {what}: no answer within {REQUEST_DEADLINE_S:.0f} s") from None
     except Exception as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,11 @@ class Reporter:
             file.write(json.dumps(record) + "\n")
 
 
+def num_steps(train: TrainSettings, num_examples: int) -> int:
+    """Optimiser steps that transformers' Trainer makes; the last batch of an epoch may be a small one."""
+    return math.ceil(train.epochs * math.ceil(num_examples / train.batch_examples))
+
+
 def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output_dir: str) -> dict[str, Any]:
     """Keyword arguments that `SFTConfig` and `DPOConfig` have in common."""
     import torch
@@ -108,7 +114,7 @@ def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output
         "output_dir": output_dir,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": "linear",
-        "warmup_steps": train.warmup_share,  # below 1 it is a share of the steps
+        "warmup_steps": round(train.warmup_share * num_steps(train, num_examples)),
         "num_train_epochs": train.epochs,
         "per_device_train_batch_size": micro,
         "per_device_eval_batch_size": micro,

@@ -14,7 +14,7 @@ import secrets
 from typing import Any
 
 from rewards.sandbox import AnswerFault, Sandbox, SandboxFailure, Session
-from rewards.task import Score, Task
+from rewards.task import BadTask, Score, Task
 from rewards.text_answer import after_last
 
 FENCED = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
@@ -34,11 +34,11 @@ def program_of(text: str) -> str:
 def grade_code(task: Task, text: str, sandbox: Sandbox) -> Score:
     """1.0 if `check["function"]` gives the expected value in all of `check["cases"]` ([[arguments, expected], ...]).
 
-    Raises SandboxFailure if the sandbox, not the answer, failed; ValueError for a task without cases.
+    Raises SandboxFailure if the sandbox, not the answer, failed; BadTask for a task without cases.
     """
     cases = task.check["cases"]
     if not cases:
-        raise ValueError(f"task {task.task_id}: check['cases'] is empty, so any program would pass")
+        raise BadTask(f"task {task.task_id}: check['cases'] is empty, so any program would pass")
     try:
         values = sandbox.run(program_of(text), task.check["function"], [arguments for arguments, _ in cases])
     except AnswerFault as fault:

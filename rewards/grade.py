@@ -1,6 +1,7 @@
 """The one door to grading: a task and an answer in, a score or "could not be checked" out.
 
-Called by the online-RL and evaluate stages, from any thread. A broken sandbox never becomes a score of zero.
+Called by the judge_filter, online_rl and evaluate stages, from any thread. A broken sandbox never becomes a score of
+zero, nor does a bad task.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from rewards.code_tests import grade_code, grade_humaneval
 from rewards.instruction import grade_form
 from rewards.math_answer import grade_number
 from rewards.sandbox import Sandbox, SandboxFailure
-from rewards.task import Score, Task, Ungraded, Verifier
+from rewards.task import BadTask, Score, Task, Ungraded, Verifier
 from rewards.text_answer import grade_text
 
 
 def grade(task: Task, text: str, sandbox: Sandbox) -> Score | Ungraded:
-    """What `text` earns as an answer to `task`. ValueError for a task whose verifier or check is wrong.
+    """What `text` earns as an answer to `task`. BadTask where the task's verifier or check is wrong.
 
     `sandbox` is started; only the "code", "humaneval" and (for answers that are no plain numbers) "number" verifiers
     use it.
@@ -35,4 +36,4 @@ def grade(task: Task, text: str, sandbox: Sandbox) -> Score | Ungraded:
                 return grade_humaneval(task, text, sandbox)
     except SandboxFailure as failure:
         return Ungraded(f"sandbox: {failure}")
-    raise ValueError(f"task {task.task_id}: no verifier {task.verifier!r}; there are {', '.join(get_args(Verifier))}")
+    raise BadTask(f"task {task.task_id}: no verifier {task.verifier!r}; there are {', '.join(get_args(Verifier))}")

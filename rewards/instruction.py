@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rewards.task import Score, Task
+from rewards.task import BadTask, Score, Task
 from rewards.text_answer import NO_FINAL_ANSWER, after_last
 
 END_MARKS = ".!?"  # one at the end of an answer is no part of its last word
@@ -46,17 +46,17 @@ CONSTRAINTS: dict[str, tuple[str | None, Check]] = {
 
 def grade_form(task: Task, text: str) -> Score:
     """1.0 if all of `task.check["constraints"]` hold for what follows the last "Answer:"; else 0.0 and the reason
-    names the first that fails. ValueError for a task with no, an unknown or an incomplete constraint."""
+    names the first that fails. BadTask for a task with no, an unknown or an incomplete constraint."""
     constraints = task.check["constraints"]
     if not constraints:
-        raise ValueError(f"task {task.task_id}: no constraints, so any answer would pass")
+        raise BadTask(f"task {task.task_id}: no constraints, so any answer would pass")
     for constraint in constraints:
         kind = constraint["kind"]
         if kind not in CONSTRAINTS:
-            raise ValueError(f"task {task.task_id}: no constraint kind {kind!r}; there are {', '.join(CONSTRAINTS)}")
+            raise BadTask(f"task {task.task_id}: no constraint kind {kind!r}; there are {', '.join(CONSTRAINTS)}")
         parameter = CONSTRAINTS[kind][0]
         if parameter is not None and parameter not in constraint:
-            raise ValueError(f"task {task.task_id}: constraint {kind!r} needs {parameter!r}")
+            raise BadTask(f"task {task.task_id}: constraint {kind!r} needs {parameter!r}")
 
     answer = after_last(text)
     if answer is None:

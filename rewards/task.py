@@ -45,6 +45,10 @@ class Ungraded:
     reason: str
 
 
+class BadTask(ValueError):
+    """A task whose verifier or check is wrong: no answer to it can be graded. Names the task."""
+
+
 def split_of(prompt: str) -> Split:
     """The side of the wall a prompt stands on. A function of its text alone, so that no seed can draw a held-out
     prompt for training: one prompt in five is held out."""

@@ -1,7 +1,14 @@
 """The trainer's side of stage 2: takes a batch, makes one optimiser step, publishes the weights.
 
 A plain class, so that a test can build one; the cluster makes it an actor. Promises: a step changes nothing but
-weights and optimiser; a batch without signal still counts as a version, with unchanged weights.
+weights and optimiser; a batch without signal, or one whose gradient is not finite, leaves them as they are and still
+counts as a version.
+
+Weights, gradients and optimiser are fp32, whatever `dtype` says: at RL's learning rates most bf16 weights would round
+back to themselves. With bfloat16 the forward pass runs under autocast, and what is published and saved is a cast copy.
+
+Several learners share a batch: each takes every world_size-th micro-batch, gradients are summed (gloo), and all make
+the same step. What ends the wait for a neighbour: its gradient, or `NEIGHBOUR_DEADLINE_S`.
 """
 
 from __future__ import annotations
@@ -9,7 +16,9 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rl.types import StepReport, TrainBatch
@@ -23,7 +32,7 @@ class LearnerSettings:
     """The few settings a learner reads; each is described on its field in `pipeline/config.py`."""
 
     checkpoint: str
-    dtype: str
+    dtype: str  # of the forward pass and of published weights
     learning_rate: float
     warmup_steps: int
     weight_decay: float
@@ -35,6 +44,12 @@ class LearnerSettings:
     clip_high: float
     mismatch_cap: float
     seed: int
+    rank: int = 0
+    world_size: int = 1
+    rendezvous: str = ""  # a file that does not exist yet, on a disk all learners see; needed for world_size > 1
+
+
+NEIGHBOUR_DEADLINE_S = 300.0
 
 
 class PolicyLearner:
@@ -43,7 +58,7 @@ class PolicyLearner:
         self.version = 0
 
     def start(self) -> dict[str, float]:
-        """Load model and optimiser; returns seconds by part."""
+        """Load model and optimiser, meet the other learners; returns seconds by part."""
         begin = time.perf_counter()
         import torch
 
@@ -52,7 +67,7 @@ class PolicyLearner:
 
         imported = time.perf_counter()
         torch.manual_seed(self.settings.seed)
-        self.model = load_policy(self.settings.checkpoint, self.settings.dtype)
+        self.model = load_policy(self.settings.checkpoint, "float32")
         self.model.train()
         self.tokenizer = load_tokenizer(self.settings.checkpoint)
         if not self.settings.train_router:
@@ -63,6 +78,11 @@ class PolicyLearner:
         self.optimizer = torch.optim.AdamW(
             self.trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=(0.9, 0.95)
         )
+        if self.settings.world_size > 1:
+            torch.distributed.init_process_group(
+                "gloo", init_method=f"file://{self.settings.rendezvous}", rank=self.settings.rank,
+                world_size=self.settings.world_size, timeout=timedelta(seconds=NEIGHBOUR_DEADLINE_S),
+            )  # fmt: skip
         return {"import_s": imported - begin, "load_s": time.perf_counter() - imported}
 
     def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport:
@@ -86,13 +106,19 @@ class PolicyLearner:
         """Write the weights where engines can read them; returns their digest."""
         from rl.weight_sync import publish_weights
 
-        return publish_weights(self.model.state_dict().items(), path)
+        dtype = self._published_dtype()
+        return publish_weights(((name, tensor.to(dtype)) for name, tensor in self.model.state_dict().items()), path)
 
     def save(self, directory: str) -> None:
         """Write a complete checkpoint."""
         from model.checkpoint import save_policy
 
-        save_policy(self.model, self.tokenizer, directory)
+        save_policy(self.model, self.tokenizer, directory, self.settings.dtype)
+
+    def _published_dtype(self) -> torch.dtype:
+        import torch
+
+        return getattr(torch, self.settings.dtype)
 
     def _update(self, batch: TrainBatch) -> tuple[dict[str, float], int]:
         import torch
@@ -105,18 +131,32 @@ class PolicyLearner:
         if denominator == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
         gauges = Gauges()
-        for cut in cuts:
+        for cut in cuts[settings.rank :: settings.world_size]:
             gauges.add(cut, *self._backward(cut, denominator))
+        gauges = self._summed_over_learners(gauges)
         warmup = min(1.0, (self.version + 1) / max(1, settings.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * warmup
         norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
-        if not math.isfinite(norm.item()):
-            raise RuntimeError(f"gradient norm is {norm.item()} at version {self.version}: the step was not taken")
-        self.optimizer.step()
+        if math.isfinite(norm.item()):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
         return gauges.metrics() | rates, int(denominator)
+
+    def _summed_over_learners(self, gauges: Gauges) -> Gauges:
+        """Make every learner's gradient the sum of all, and the gauges those of the whole batch."""
+        import torch
+
+        if self.settings.world_size == 1:
+            return gauges
+        for parameter in self.trained:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+        shares: list[Any] = [None] * self.settings.world_size
+        torch.distributed.all_gather_object(shares, gauges)
+        return Gauges.joined(shares)
 
     def _backward(self, cut: Any, denominator: float) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Adds one micro-batch's gradient; returns (its share of the loss, log-probabilities, entropies, clipped)."""
@@ -124,13 +164,20 @@ class PolicyLearner:
         from rl.losses import policy_loss
 
         settings = self.settings
-        logprobs, entropy = token_logprobs(self.model, cut.ids_BS, cut.answer_BS, settings.temperature)
+        with self._autocast():
+            logprobs, entropy = token_logprobs(self.model, cut.ids_BS, cut.answer_BS, settings.temperature)
         loss, clipped = policy_loss(
             logprobs, cut.generator_logprobs, cut.advantages, denominator=denominator,
             clip_low=settings.clip_low, clip_high=settings.clip_high, cap=settings.mismatch_cap,
         )
         loss.backward()
         return loss.item(), logprobs.detach(), entropy, clipped
+
+    def _autocast(self) -> Any:
+        import torch
+
+        dtype = self._published_dtype()
+        return torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 class Gauges:
@@ -149,6 +196,17 @@ class Gauges:
         self.staleness.append(cut.staleness)
         self.entropy.append(entropy)
         self.clipped.append(clipped)
+
+    @classmethod
+    def joined(cls, shares: Sequence[Gauges]) -> Gauges:
+        whole = cls()
+        for share in shares:
+            whole.loss += share.loss
+            whole.log_ratios += share.log_ratios
+            whole.staleness += share.staleness
+            whole.entropy += share.entropy
+            whole.clipped += share.clipped
+        return whole
 
     def metrics(self) -> dict[str, float]:
         import torch

@@ -12,6 +12,7 @@ others are cancelled. CPU work (grading) never runs on the event loop.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +27,16 @@ from rl.losses import group_advantages
 from rl.types import Generator, Learner, Rollout, RolloutGroup, SampleRequest, StepReport, SyncReport, TrainBatch
 
 
-class WeightsDiffer(RuntimeError):
-    """A generator read back other weights than the learner published. The run stops: its samples would be lies."""
+class HealthStop(RuntimeError):
+    """A number says that going on would train a broken model."""
+
+
+class WeightsDiffer(HealthStop):
+    """A generator read back other weights than the learner published. Its samples would be lies."""
+
+
+class GradientNotFinite(HealthStop):
+    """The gradient is infinite or not a number; the step was not taken."""
 
 
 class NothingGraded(RuntimeError):
@@ -84,11 +93,11 @@ class AsyncLoop:
     def __init__(
         self, settings: LoopSettings, pool: TaskPool, curriculum: Curriculum, generators: Sequence[Generator],
         learner: Learner, graders: Executor, *, on_step: Callable[[StepRecord], None],
-        on_event: Callable[..., None],
+        on_lost: Callable[[RolloutGroup], None], on_event: Callable[..., None],
     ) -> None:
         self.settings, self.pool, self.curriculum = settings, pool, curriculum
         self.generators, self.learner, self.graders = generators, learner, graders
-        self.on_step, self.on_event = on_step, on_event
+        self.on_step, self.on_lost, self.on_event = on_step, on_lost, on_event
         self.controller = protocol.Controller(
             groups_per_step=settings.groups_per_step, max_staleness=settings.max_staleness, num_steps=settings.num_steps
         )
@@ -168,13 +177,15 @@ class AsyncLoop:
             )
             for answer, text, verdict in zip(answers, texts, verdicts, strict=True)
         ]
-        scores = [rollout.score for rollout in rollouts if rollout.score is not None]
-        if not scores:
-            return protocol.GroupLost(slot, f"ungraded: {rollouts[0].reason}")
-        self.curriculum.observe(cell, sum(score >= 1.0 for score in scores), len(scores), leased_at)
-        self.groups[slot] = RolloutGroup(
+        group = RolloutGroup(
             group_id=str(slot), task=task, prompt_ids=prompt_ids, rollouts=rollouts, leased_at_version=leased_at
         )
+        scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+        if not scores:
+            self.on_lost(group)  # what is dropped can still be read on disk
+            return protocol.GroupLost(slot, f"ungraded: {rollouts[0].reason}")
+        self.curriculum.observe(cell, sum(score >= 1.0 for score in scores), len(scores), leased_at)
+        self.groups[slot] = group
         return protocol.GroupReady(slot)
 
     # --- Train ---------------------------------------------------------------------------------------------------
@@ -188,6 +199,9 @@ class AsyncLoop:
         path = self.settings.weights_path.format(version=step + 1)
         batch, zero_signal = self._batch(step, groups)
         report = await self.learner.step(batch, path)
+        norm = report.metrics.get("grad_norm", 0.0)
+        if not math.isfinite(norm):
+            raise GradientNotFinite(f"step {step}: gradient norm is {norm}; lower learning_rate or look at the batch")
         if step == 0:
             self.on_event("first_step")
         self.digests[report.version] = report.extras["digest"]

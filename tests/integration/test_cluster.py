@@ -46,7 +46,7 @@ class Worker:
         time.sleep(600)
 
     def fail(self, kind: str) -> None:
-        raise {"data": DataError, "value": ValueError}.get(kind, ArithmeticError)("the reason")
+        raise {"data": DataError, "value": ValueError}[kind]("the reason")
 
     def die(self) -> None:
         print("about to leave", flush=True)
@@ -108,11 +108,13 @@ def test_known_errors_keep_their_type_and_others_become_infrastructure_errors(cl
     actor = cluster.start("failing", Worker, 0)
     with pytest.raises(DataError, match="the reason"):
         actor.call("fail", "data", timeout_s=20)
-    with pytest.raises(ValueError, match="the reason"):
-        asyncio.run(actor.call_async("fail", "value", timeout_s=20))
-    with pytest.raises(InfrastructureError, match="actor failing: fail failed: ArithmeticError: the reason") as caught:
-        actor.call("fail", "other", timeout_s=20)
-    assert "in fail" in str(caught.value)  # the traceback's last lines, from the actor's log
+    for call in (
+        lambda: actor.call("fail", "value", timeout_s=20),
+        lambda: asyncio.run(actor.call_async("fail", "value", timeout_s=20)),
+    ):
+        with pytest.raises(InfrastructureError, match="actor failing: fail failed: ValueError: the reason") as caught:
+            call()
+        assert "in fail" in str(caught.value)  # the traceback's last lines, from the actor's log
     assert actor.call("add", 1, timeout_s=20)[0] == 1  # it goes on
     cluster.stop(actor)
 
@@ -200,7 +202,7 @@ def test_engines_are_reused_restarted_in_place_and_shared(
     time.sleep(1)
     (replaced,) = cluster.generators(settings("moe-a"), "moe")
     assert replaced._pid != pid and greedy(replaced) == answer_a
-    with pytest.raises(ValueError, match="the prompt has 300 tokens"):
+    with pytest.raises(InfrastructureError, match="sample failed: ValueError: .* the prompt has 300 tokens"):
         replaced.call(
             "sample", SampleRequest(request_id="r", prompt_ids=[1] * 300, num_samples=1, max_tokens=8), timeout_s=60
         )

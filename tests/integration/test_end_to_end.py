@@ -15,12 +15,13 @@ from runs import ROOT, complete, events, kill, processes_of, start, wait_for
 
 RECIPE = "recipes/smoke.yaml"
 STAGES = ["seedling", "keep", "warm", "climb", "tidy", "score"]
+STALE = "the report of an earlier run"
 pytestmark = pytest.mark.timeout(1500)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run directory whose run was killed -9 once in the middle of every stage, and then finished."""
+    """A run directory whose run was killed -9 in the middle of every stage and before its report, then finished."""
     run_dir = tmp_path_factory.mktemp("run") / "smoke"
     log = run_dir.parent / "log.txt"
     words = ("run", RECIPE, "--set", f"run.dir={run_dir}")
@@ -34,7 +35,20 @@ def finished(tmp_path_factory):
         wait_for(process, run_dir, inside, after=since, log=log)
         kill(process)
         assert not (run_dir / stage / "COMPLETE").exists(), f"{stage} was over before it could be killed"
+
+    def last_is_over(event):
+        return event.get("stage") == STAGES[-1] and event["event"] == "stage_completed"
+
+    report = run_dir / "report.html"
+    report.write_text(STALE)
+    since = time.time()
+    process = start(*words, log=log)
+    wait_for(process, run_dir, last_is_over, after=since, log=log)
+    kill(process)
+    assert report.read_text() == STALE, "the report was written before the run could be killed"
+    since = time.time()
     assert complete(*words, log=log) == 0, log.read_text()[-3000:]
+    assert not [e for e in events(run_dir) if e["time"] >= since and e["event"] == "stage_started"]
     return run_dir, words, log
 
 
@@ -46,7 +60,9 @@ def test_every_stage_was_interrupted_and_is_complete_once(finished):
         assert counts["stage_completed", stage] == 1
         assert (run_dir / stage / "COMPLETE").exists() and (run_dir / stage / "manifest.json").exists()
     assert not list(run_dir.glob("*.partial"))
-    assert (run_dir / "report.html").stat().st_size > 10_000
+    report = (run_dir / "report.html").stat()
+    assert report.st_size > 10_000
+    assert all(report.st_mtime_ns >= path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json"))
 
 
 def test_at_least_half_was_pruned_and_every_verdict_has_a_reason(finished):
@@ -78,11 +94,15 @@ def test_engine_and_learner_agree_at_the_same_version(finished):
 def test_the_same_command_again_does_no_work(finished):
     run_dir, words, log = finished
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json")}
+    begin = time.monotonic()
     out = subprocess.run(
         [sys.executable, "-X", "importtime", str(ROOT / "cli.py"), *words], cwd=ROOT, capture_output=True, text=True,
         timeout=60,
     )
+    assert time.monotonic() - begin < 10  # the promise itself, not a benchmark
     assert out.returncode == 0 and "nothing to do" in out.stdout.lower()
+    policies = [line for line in out.stdout.splitlines() if "–" in line]  # a row holds confidence intervals
+    assert "pass@1" in out.stdout and "pass@4" in out.stdout and len(policies) == 4
     assert not any(f" {heavy}\n" in out.stderr for heavy in ("torch", "ray", "vllm", "trl"))
     assert before == {path: path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json")}
 

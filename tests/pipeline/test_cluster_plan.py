@@ -1,16 +1,30 @@
-"""The arithmetic of the cluster, and how leftovers of a dead run are found: no Ray."""
+"""The arithmetic of the cluster, how an actor's errors reach its caller, and how leftovers are found: no Ray."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline import watchdog
-from pipeline.cluster import _memory_root, _shared_dir, _tag_prefix, _temp_dir, plan_actors, sweep, thread_environment
+from pipeline.cluster import (
+    Actor,
+    ActorHost,
+    _memory_root,
+    _shared_dir,
+    _tag_prefix,
+    _temp_dir,
+    plan_actors,
+    sweep,
+    thread_environment,
+)
 from pipeline.config import ClusterSettings
+from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError
 
 
 def sleeper(tag: str) -> subprocess.Popen[bytes]:
@@ -37,12 +51,46 @@ def test_plan_counts_generators_and_one_learner() -> None:
     assert (plan.num_cpus, plan.num_gpus) == (8.0, 2.0)  # (3 + 1) x 2, (3 + 1) x 0.5
 
 
-def test_plan_says_what_a_cluster_lacks() -> None:
+def test_plan_counts_the_engines_of_the_stage_that_asks_for_most() -> None:
+    settings = ClusterSettings(generators=2, cpus_per_actor=2.0, gpus_per_actor=1.0)
+    assert plan_actors(settings, most_engines=4).num_gpus == 5.0
+    assert plan_actors(settings, most_engines=1).num_gpus == 3.0  # the RL stage still has two
+
+
+class Refused(ValueError):
+    """As torch, vLLM and rl.weight_sync raise them."""
+
+
+@pytest.mark.parametrize("error", [Refused, ValueError, ArithmeticError, InfrastructureError])
+def test_error_from_an_actor_names_actor_method_cause_and_last_lines(tmp_path: Path, error: type[Exception]) -> None:
+    with pytest.raises(InfrastructureError) as caught:
+        reply_of_failing_actor(tmp_path, error)
+    for words in ("generator-0", "take_weights", error.__name__, "the reason", "last line of the log"):
+        assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [DataError, RecipeError, GateStopped])
+def test_error_with_an_exit_code_of_its_own_keeps_its_type_and_words(tmp_path: Path, error: type[Exception]) -> None:
+    with pytest.raises(error, match="^the reason$"):
+        reply_of_failing_actor(tmp_path, error)
+
+
+def reply_of_failing_actor(tmp_path: Path, error: type[Exception]) -> None:
+    async def take_weights() -> None:
+        raise error("the reason")
+
+    log = tmp_path / "generator-0.log"
+    log.write_text("last line of the log")
+    host = object.__new__(ActorHost)  # without its process: an async method needs nothing of it
+    Actor("generator-0", None, log)._unwrap("take_weights", asyncio.run(host._answer(take_weights)))
+
+
+def test_plan_says_what_a_node_lacks() -> None:
     plan = plan_actors(ClusterSettings(generators=3, cpus_per_actor=2.0, gpus_per_actor=0.5))
     assert plan.lacking({"CPU": 8.0, "GPU": 2.0}) == []
     assert plan.lacking({"CPU": 7.0}) == [
-        "CPU: 3 generator + 1 learner or trainer ask for 8, the cluster has 7",
-        "GPU: 3 generator + 1 learner or trainer ask for 2, the cluster has 0",
+        "CPU: 3 generator + 1 learner or trainer ask for 8, this node has 7",
+        "GPU: 3 generator + 1 learner or trainer ask for 2, this node has 0",
     ]
 
 

@@ -118,8 +118,8 @@ stages:
   - {{name: a, kind: online_rl, policy: '{BASE}', tasks: &tasks {{levels: [1, 2]}}}}
   - {{name: b, kind: online_rl, policy: a, tasks: *tasks}}
 """
-    recipe = load(write(tmp_path, text), ["stages.b.tasks.tasks_per_level=9"])
-    assert [stage.tasks.tasks_per_level for stage in recipe.stages] == [6, 9]
+    recipe = load(write(tmp_path, text), ["stages.b.tasks.levels=[3, 4]"])
+    assert [stage.tasks.levels for stage in recipe.stages] == [(1, 2), (3, 4)]
 
 
 def test_paths_are_taken_from_here_then_from_beside_the_recipe(tmp_path: Path, monkeypatch: Any) -> None:

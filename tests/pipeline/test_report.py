@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from pipeline import plots
+from pipeline import plots, report
 from pipeline.report import spearman, write_report
 
 HOSTILE = "</pre></title><script>alert('pwned')</script><img src=x onerror=alert(1)>"
@@ -24,6 +24,13 @@ STAGES: list[dict[str, Any]] = [
     {"name": "tidy", "kind": "dpo", "policy": "climb", "rollouts": "climb"},
     {"name": "score", "kind": "evaluate", "policies": ["recipes/tiny_base/", "climb"]},
 ]
+METRICS = {
+    "keep": {"ungraded": 31},
+    "warm": {"dropped": {"too_long": 32}},
+    "climb": {"groups_lost": {"sandbox: gone": 33}, "ungraded": 34, "prompts_too_long": 35},
+    "tidy": {"groups_dropped": {"all_right": 36}, "ungraded_answers": 0},
+    "score": {"ungraded": 37},
+}
 
 
 def start_run(run_dir: Path, events: list[dict]) -> None:
@@ -38,7 +45,8 @@ def publish(run_dir: Path, name: str, inputs: list[str], seconds: float) -> Path
     folder.mkdir()
     kind = next(stage["kind"] for stage in STAGES if stage["name"] == name)
     manifest = {"stage": name, "kind": kind, "identity": name[0] * 64, "inputs": dict.fromkeys(inputs, "x"),
-                "seconds": seconds, "tokens_generated": 1_500_000, "tokens_trained": 0}  # fmt: skip
+                "seconds": seconds, "tokens_generated": 1_500_000, "tokens_trained": 0,
+                "metrics": METRICS.get(name, {})}  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     (folder / "COMPLETE").touch()
     return folder
@@ -72,8 +80,7 @@ def whole_run(run_dir: Path) -> None:
     steps = [{"step": i, "loss": 0.1, "pass_rate": 0.1 * i, "staleness_counts": {"0": 5, "1": 7}, "groups": 4,
               "zero_signal_groups": 1, "levels": {"maths": 2.0 + i}} for i in range(1, 4)]  # fmt: skip
     (climb / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"step": 4, "lo')
-    rows = [{"step": i, "domain": "maths", "level": "3", "sampled": 2 * i} for i in range(1, 4)]
-    (climb / "curriculum.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_curriculum(climb, [("maths/3", 3, i, 2 * i) for i in range(1, 4)])
     tidy = publish(run_dir, "tidy", ["climb"], 48.0)
     (tidy / "losses.jsonl").write_text(json.dumps({"step": 1, "loss": 0.69, "rewards_margins": 0.1}) + "\n")
     write_rows(tidy / "pairs.parquet", [{"category": "wrong"}] * 3 + [{"category": "truncated"}])
@@ -91,6 +98,13 @@ def whole_run(run_dir: Path) -> None:
                         "num_tokens": 9})  # fmt: skip
     (score / "results.json").write_text(json.dumps({"k": [1], "samples": 4, "num_tasks": 1, "policies": policies}))
     write_rows(score / "answers.parquet", answers)
+
+
+def write_curriculum(climb: Path, cells: list[tuple[str, int, int, int]]) -> None:
+    """(cell, level, step, sampled) of each row; every posterior has the mean 1/4."""
+    rows = [{"step": step, "cell": cell, "domain": "maths", "level": level, "alpha": 1.0, "beta": 3.0,
+             "sampled": sampled} for cell, level, step, sampled in cells]  # fmt: skip
+    (climb / "curriculum.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Tags(HTMLParser):
@@ -116,6 +130,41 @@ def test_a_whole_run_shows_its_numbers(tmp_path):
     for shown in numbers + words:
         assert shown in page, shown
     assert "climb/steps.jsonl: 1 unreadable lines left out" in page  # a torn last line costs itself only
+
+
+def test_what_was_left_out_is_counted_in_its_section(tmp_path):
+    whole_run(tmp_path)
+    sections = re.split("<h2>", write_report(tmp_path).read_text())
+    for heading, words in {
+        "What the judge": "31 answers ungraded.",
+        "Supervised": "32 examples dropped (too long).",
+        "Online RL": "35 prompts too long, 34 answers ungraded, 33 groups sampled again (sandbox: gone).",
+        "Preference": "36 groups without a pair (all right).",
+        "Held-out score": "37 answers ungraded.",
+    }.items():
+        (section,) = (section for section in sections if section.startswith(heading))
+        assert f"Left out: {words}" in section
+
+
+def test_a_curriculum_of_levels_is_a_heat_map_and_one_of_prompts_is_counted(tmp_path):
+    whole_run(tmp_path)
+    page = write_report(tmp_path).read_text()
+    assert "step 2, level 3: 2" in page and "prompts tried" not in page
+    # Two prompts at the first step, three at the second. One of a stated level is still a prompt, not a level.
+    tried = [("gsm8k/7", 0, 1, 1), ("gsm8k/8", 0, 1, 1), ("gsm8k/7", 0, 2, 2), ("gsm8k/8", 0, 2, 1), ("x", 5, 2, 1)]
+    write_curriculum(tmp_path / "climb", tried)
+    page = write_report(tmp_path).read_text()
+    assert "prompts tried" in page and "mean posterior" in page and "level 5: " not in page
+
+
+def test_prompt_plots_count_the_prompts_and_average_their_posteriors(monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plots, "line_plot", lambda title, lines, **_: drawn.update({title: lines[0].points}))
+    rows = [{"step": step, "cell": cell, "domain": "maths", "level": 0, "alpha": alpha, "beta": 1.0, "sampled": sampled}
+            for step, cell, alpha, sampled in [(1, "a", 1, 1), (1, "b", 3, 1), (1, "c", 9, 0), (2, "a", 1, 2)]]  # fmt: skip
+    report._prompt_plots(rows, [plots.Series("maths", [], 1)])
+    assert drawn["prompts tried"] == [(1, 2), (2, 1)]
+    assert drawn["their mean posterior pass rate"] == [(1, (0.5 + 0.75) / 2), (2, 0.5)]
 
 
 def test_hostile_text_stays_text(tmp_path):

@@ -21,13 +21,16 @@ from rich.console import Console
 
 from pipeline.config import Recipe
 from pipeline.run_dir import RunDir
-from pipeline.runner import Doors, run, stage_seed, stage_states
+from pipeline.runner import Doors, _most_engines, run, stage_seed, stage_states
 from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError, StageContext
+from rewards.task import BadTask
 
 ALL = ["keep", "warm", "climb", "score"]
 
 
-def make_recipe(tmp_path: Path, seed: int = 17, generators: int = 1, sft_rate: float = 1e-3) -> Recipe:
+def make_recipe(
+    tmp_path: Path, seed: int = 17, generators: int = 1, sft_rate: float = 1e-3, engines: int | None = None
+) -> Recipe:
     base = tmp_path / "base"
     base.mkdir(exist_ok=True)
     if not (base / "config.json").exists():
@@ -45,7 +48,8 @@ def make_recipe(tmp_path: Path, seed: int = 17, generators: int = 1, sft_rate: f
                 {"name": "warm", "kind": "sft", "init": f"{base}/", "examples": "keep",
                  "train": {"learning_rate": sft_rate}},
                 {"name": "climb", "kind": "online_rl", "policy": "warm", "tasks": {}},
-                {"name": "score", "kind": "evaluate", "policies": [f"{base}/", "climb"], "tasks": {}},
+                {"name": "score", "kind": "evaluate", "policies": [f"{base}/", "climb"], "tasks": {},
+                 "engines": engines},
             ],
         }
     )  # fmt: skip
@@ -161,6 +165,7 @@ def test_manifest_and_events_tell_what_was_done(world: World) -> None:
         ({"sft_rate": 2e-3}, ["warm", "climb", "score"]),
         ({"seed": 18}, ALL),
         ({"generators": 2}, []),
+        ({"engines": 2}, []),
     ],
 )
 def test_what_is_repeated_follows_what_was_changed(world: World, change: dict[str, Any], expected: list[str]) -> None:
@@ -222,6 +227,7 @@ def test_only_uses_an_input_of_an_older_recipe_and_says_so(world: World) -> None
     [
         (RecipeError("steps: 3 is too few"), 2),
         (DataError("problems.jsonl has no column 'question'"), 3),
+        (BadTask("task t: no constraints"), 3),
         (InfrastructureError("generator-0: sample: the actor died"), 4),
         (GateStopped("parity gate"), 5),
     ],
@@ -232,7 +238,8 @@ def test_an_error_has_its_exit_code_and_keeps_what_is_complete(
     recipe = make_recipe(world.tmp_path)
     world.behaviour["climb"] = raising(error)
     assert world.go(recipe)[:2] == (code, ["keep", "warm", "climb"])
-    assert str(error) in capsys.readouterr().err and world.clusters[0].is_shut
+    shown = capsys.readouterr().err
+    assert str(error) in shown and "traceback" not in shown and world.clusters[0].is_shut
     events = RunDir(recipe.run.dir).read_events()
     assert [event["event"] for event in events[-2:]] == ["stage_failed", "run_finished"]
     assert events[-1]["exit_code"] == code
@@ -301,6 +308,21 @@ def test_failed_report_ends_the_run_with_its_own_error(world: World, capsys: pyt
     broken = Doors(doors.load_stage, doors.code_version, doors.make_cluster, lambda _: {}["gone"])
     assert run(make_recipe(world.tmp_path), doors=broken, console=Console(file=open(os.devnull, "w"))) == 4  # noqa: SIM115
     assert "report: KeyError" in capsys.readouterr().err
+
+
+def test_report_of_an_earlier_run_is_written_anew_where_the_run_after_it_was_killed_before_its_own(world: World) -> None:
+    world.go(make_recipe(world.tmp_path))
+    changed, doors = make_recipe(world.tmp_path, sft_rate=2e-3), world.doors()
+    dies = Doors(doors.load_stage, doors.code_version, doors.make_cluster, lambda _: {}["killed here"])
+    assert run(changed, doors=dies, console=Console(file=open(os.devnull, "w"))) == 4  # noqa: SIM115
+    assert world.go(changed)[:2] == (0, []) and world.reports == 2
+    assert world.go(changed)[:2] == (0, []) and world.reports == 2, "a report that is up to date is left alone"
+
+
+def test_cluster_is_planned_for_the_stage_with_the_most_engines(tmp_path: Path) -> None:
+    assert _most_engines(make_recipe(tmp_path, generators=2)) == 2
+    assert _most_engines(make_recipe(tmp_path, generators=2, engines=1)) == 2
+    assert _most_engines(make_recipe(tmp_path, generators=2, engines=3)) == 3
 
 
 def test_every_stage_has_its_own_seed() -> None:

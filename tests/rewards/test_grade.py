@@ -9,7 +9,7 @@ import pytest
 
 from rewards.grade import grade
 from rewards.sandbox import Sandbox
-from rewards.task import Score, Task, Ungraded
+from rewards.task import BadTask, Score, Task, Ungraded
 
 
 def task(verifier: Any, **check: Any) -> Task:
@@ -135,7 +135,7 @@ def test_form_names_the_first_constraint_that_fails(sandbox: Sandbox) -> None:
 
 @pytest.mark.parametrize("constraints", [[], [{"kind": "rhymes"}], [{"kind": "word_count"}]])
 def test_a_form_task_that_checks_nothing_is_refused(sandbox: Sandbox, constraints: list) -> None:
-    with pytest.raises(ValueError, match="task t"):
+    with pytest.raises(BadTask, match="task t"):
         grade(task("form", constraints=constraints), "Answer: fox", sandbox)
 
 
@@ -193,12 +193,12 @@ def test_values_are_compared_as_data(sandbox: Sandbox, expected: Any, expression
 
 
 def test_a_code_task_without_cases_is_refused(sandbox: Sandbox) -> None:
-    with pytest.raises(ValueError, match="any program would pass"):
+    with pytest.raises(BadTask, match="task t: .* any program would pass"):
         grade(task("code", function="f", cases=[]), "Answer: x", sandbox)
 
 
 def test_an_unknown_verifier_is_refused(sandbox: Sandbox) -> None:
-    with pytest.raises(ValueError, match="no verifier 'vibes'"):
+    with pytest.raises(BadTask, match="task t: no verifier 'vibes'"):
         grade(task("vibes"), "Answer: good", sandbox)
 
 

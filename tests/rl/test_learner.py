@@ -119,3 +119,13 @@ def test_publishing_changed_weights_changes_the_digest(checkpoint, tmp_path):
     assert made.publish(str(tmp_path / "b.safetensors")) == first
     made.step(batch())
     assert made.publish(str(tmp_path / "c.safetensors")) != first
+
+
+def test_bfloat16_keeps_small_steps_in_the_weights_and_publishes_a_cast_copy(checkpoint, tmp_path):
+    from safetensors.torch import load_file
+
+    made = learner(checkpoint, dtype="bfloat16", learning_rate=1e-6)
+    before = {name: p.clone() for name, p in made.model.named_parameters()}
+    made.step(batch(), str(tmp_path / "w.safetensors"))
+    assert any(not torch.equal(p, before[name]) for name, p in made.model.named_parameters())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "w.safetensors").values()} == {torch.bfloat16}

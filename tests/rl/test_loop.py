@@ -1,13 +1,14 @@
 """The loop on in-process stand-ins for engine and learner: the real controller, curriculum and grading path."""
 
 import asyncio
+import dataclasses
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from rewards.task import Score, Task, Ungraded
 from rl.curriculum import Curriculum
-from rl.loop import AsyncLoop, LoopSettings, NothingGraded, TaskPool, WeightsDiffer
+from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, TaskPool, WeightsDiffer
 from rl.types import SampledAnswer, StepReport, SyncReport
 
 
@@ -42,7 +43,7 @@ class CountingLearner:
         return StepReport(version=batch.version + 1, metrics={"loss": 0.0}, trained_tokens=4, extras=extras)
 
 
-def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), steps=3, max_staleness=1):
+def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), steps=3, max_staleness=1, lost=None):
     settings = LoopSettings(
         groups_per_step=2, group_size=2, num_steps=steps, max_staleness=max_staleness, max_answer_tokens=8,
         temperature=1.0, stop_token_ids=(5,), advantage="rloo", overlong_penalty=0.0,
@@ -52,11 +53,11 @@ def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), s
         task_of=lambda cell, slot: Task(task_id=f"{cell}/{slot}", domain="maths", level=1, prompt="p", verifier="text"),
         encode=lambda prompt: [1], decode=lambda ids: str(ids[0]), grade=grade,
     )
-    records, events = [], []
+    records, events, lost = [], [], lost if lost is not None else []
     curriculum = Curriculum({"maths/1": "maths"}, kind="uniform", band=(0.2, 0.8), decay=1.0, explore_share=0.0, seed=0)
     with ThreadPoolExecutor(1) as graders:
         loop = AsyncLoop(settings, pool, curriculum, [generator], learner, graders,
-                         on_step=records.append, on_event=lambda event, **_: events.append(event))
+                         on_step=records.append, on_lost=lost.append, on_event=lambda event, **_: events.append(event))
         asyncio.run(asyncio.wait_for(loop.run(), 20))
     return records, events, loop
 
@@ -92,5 +93,17 @@ def test_an_ungraded_answer_is_never_scored_zero():
 def test_a_group_nobody_could_grade_is_leased_again_then_given_up():
     from rl.controller import LeaseExhausted
 
+    lost = []
     with pytest.raises((LeaseExhausted, NothingGraded), match="sandbox died"):
-        run(EchoGenerator(), CountingLearner(), grade=lambda task, text: Ungraded("sandbox died"))
+        run(EchoGenerator(), CountingLearner(), grade=lambda task, text: Ungraded("sandbox died"), lost=lost)
+    assert len(lost) >= 3 and all(rollout.score is None for group in lost for rollout in group.rollouts)
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run():
+    class Diverging(CountingLearner):
+        async def step(self, batch, publish_to=None):
+            report = await super().step(batch, publish_to)
+            return dataclasses.replace(report, metrics={"loss": 0.0, "grad_norm": float("nan")})
+
+    with pytest.raises(HealthStop, match="gradient norm is nan"):
+        run(EchoGenerator(), Diverging())

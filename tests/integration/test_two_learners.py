@@ -1,0 +1,50 @@
+"""Two learner processes, gloo between them, against one."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from model.checkpoint import save_policy
+from model.tiny import TinyShape, tiny_llama4
+from model.tokenizer import build_tokenizer
+from rl.learner import LearnerSettings, PolicyLearner
+from rl.types import TrainBatch
+
+LENGTHS = [3, 5, 7, 9, 11, 13]
+BATCH = TrainBatch(
+    version=0,
+    prompt_ids=[[1, 7, 9 + row] for row in range(6)],
+    answer_ids=[[10 + (7 * row + i) % 50 for i in range(n)] for row, n in enumerate(LENGTHS)],
+    generator_logprobs=[[-4.0] * n for n in LENGTHS],
+    token_versions=[[0] * n for n in LENGTHS],
+    advantages=[1.0, -1.0, 0.0, 0.5, -0.5, 1.0],
+)
+
+
+def step(rank: int, settings: LearnerSettings, out: str) -> None:
+    learner = PolicyLearner(dataclasses.replace(settings, rank=rank))
+    learner.start()
+    report = learner.step(BATCH)
+    torch.save((report.metrics, learner.model.state_dict()), f"{out}/{rank}-of-{settings.world_size}.pt")
+
+
+def test_two_learners_make_the_step_that_one_makes(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(["Compute 1+2.", "user", "assistant"], 300)
+    shape = TinyShape(hidden_size=32, head_dim=16, expert_size=32, dense_size=64, num_experts=4)
+    save_policy(tiny_llama4(shape, tokenizer), tokenizer, tmp_path / "tiny")
+    settings = LearnerSettings(
+        checkpoint=str(tmp_path / "tiny"), dtype="float32", learning_rate=1e-3, warmup_steps=0, weight_decay=0.0,
+        max_grad_norm=1e9, micro_batch_tokens=16, temperature=1.0, train_router=True, clip_low=50.0, clip_high=1e9,
+        mismatch_cap=1e9, seed=0, rendezvous=str(tmp_path / "meet"),
+    )  # fmt: skip
+    step(0, settings, str(tmp_path))
+    torch.multiprocessing.spawn(step, (dataclasses.replace(settings, world_size=2), str(tmp_path)), nprocs=2)
+    metrics, state = torch.load(tmp_path / "0-of-1.pt")
+    for rank in (0, 1):
+        other_metrics, other_state = torch.load(tmp_path / f"{rank}-of-2.pt")
+        assert other_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
+        assert other_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
+        for name, tensor in state.items():
+            torch.testing.assert_close(other_state[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
