@@ -201,7 +201,9 @@ class OnlineRlStage(Stage):
     train_router: bool = Field(False, description="false: router weights stay as they are, as most RL recipes do")
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
-    deadline_s: PositiveFloat = Field(300.0, description="longest wait for one group's answers (queueing included), one step or one weight sync")
+    deadline_s: PositiveFloat = Field(
+        300.0, description="longest wait for one group's answers (queueing included), one step or one weight sync"
+    )
 
     def idle_keys(self) -> dict[str, str]:
         if isinstance(self.tasks, DatasetTasks):

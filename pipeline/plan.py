@@ -324,7 +324,7 @@ def _memory_table(plan: Plan) -> Table:
 
 def _table(title: str, *words: str, numbers: tuple[str, ...] = ()) -> Table:
     """A table whose first column names stages. Only that one gives way where the terminal is narrow, and only folds."""
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=f"\n{title}", title_justify="left", box=None, pad_edge=False)
     table.add_column("stage", overflow="fold")
     for heading in words:
         table.add_column(heading, no_wrap=True)

@@ -339,7 +339,8 @@ def _heat_maps(rows: Sequence[Row], means: Sequence[Series]) -> list[Markup]:
 
 def _prompt_plots(rows: Sequence[Row], colours: Sequence[Series]) -> list[Markup]:
     """Of a data set, whose cells are prompts: how many were sampled so far, and the mean of their posteriors."""
-    means: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))  # domain → step → of each prompt
+    # domain → step → the mean of each prompt's posterior
+    means: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row["sampled"]:
             means[row["domain"]][row["step"]].append(row["alpha"] / (row["alpha"] + row["beta"]))
@@ -347,7 +348,9 @@ def _prompt_plots(rows: Sequence[Row], colours: Sequence[Series]) -> list[Markup
         return []
 
     def lines(of: Callable[[list[float]], float]) -> list[Series]:
-        return [Series(s.label, [(step, of(rates)) for step, rates in means[s.label].items()], s.colour) for s in colours]
+        return [
+            Series(s.label, [(step, of(found)) for step, found in means[s.label].items()], s.colour) for s in colours
+        ]
 
     return [
         plots.line_plot("prompts tried", lines(len), x_label="step"),

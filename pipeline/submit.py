@@ -9,7 +9,7 @@ the absolute form of `run.dir` (set it to shared storage: `--set run.dir=/shared
 
 What each wait waits for, and what ends it: a request to the head (its reply, or REQUEST_DEADLINE_S); the job's start
 (PENDING_DEADLINE_S); the log (its end, or the head not answering, asked every HEARTBEAT_S while the log is silent);
-the job's end after its log's end or after a request to stop (END_DEADLINE_S). The job itself keeps the deadlines of the run.
+the job's end after its log's end or a request to stop (END_DEADLINE_S). The job itself keeps the deadlines of the run.
 """
 
 from __future__ import annotations
@@ -227,7 +227,7 @@ def _await_start(client: JobSubmissionClient, job: str) -> None:
             _ask("stop the job", client.stop_job, job)
             raise InfrastructureError(
                 f"{job} was still PENDING after {PENDING_DEADLINE_S:.0f} s, and is stopped ({details.message}). It "
-                f"asks of the cluster a node with a running job agent that can fetch the package and start {ENTRYPOINT!r}; "
+                f"asks of the cluster a node whose job agent can fetch the package and start {ENTRYPOINT!r}; "
                 "it reserves no CPU or GPU. See `ray status` and the head's dashboard, then submit again"
             )
         time.sleep(POLL_S)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,13 @@ def test_what_is_no_checkpoint_is_explained(
     with pytest.raises(CheckpointNotFound) as error:
         resolve(reference)
     assert words in str(error.value) and reference.rstrip("/").split("/")[-1] in str(error.value)
+
+
+def test_a_download_that_never_ends_is_given_up_with_the_repository_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: time.sleep(5))
+    monkeypatch.setattr("model.checkpoint.HUB_DEADLINE_S", 0.05)
+    with pytest.raises(TimeoutError, match="nobody/nothing.*write its path"):
+        resolve("nobody/nothing")
 
 
 def test_architecture_digest_sees_shapes_and_no_names(tmp_path: Path) -> None:

@@ -71,8 +71,9 @@ def test_error_from_an_actor_names_actor_method_cause_and_last_lines(tmp_path: P
 
 @pytest.mark.parametrize("error", [DataError, RecipeError, GateStopped])
 def test_error_with_an_exit_code_of_its_own_keeps_its_type_and_words(tmp_path: Path, error: type[Exception]) -> None:
-    with pytest.raises(error, match="^the reason$"):
+    with pytest.raises(error) as caught:
         reply_of_failing_actor(tmp_path, error)
+    assert str(caught.value) == "the reason"
 
 
 def reply_of_failing_actor(tmp_path: Path, error: type[Exception]) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from pipeline.data import (
     write_examples,
     write_jsonl,
 )
-from pipeline.stage import DataError
+from pipeline.stage import DataError, InfrastructureError
 from rewards.domains import worked_solution
 from rewards.task import Task, split_of
 
@@ -76,6 +77,17 @@ def test_limit_counts_distinct_tasks_of_the_split(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row for row in GSM8K for _ in range(2)])
     tasks = load_tasks(dataset(path, limit=3), seed=0)
     assert len(tasks) == len({task.prompt for task in tasks}) == 3
+
+
+def test_every_row_that_is_left_out_is_counted(tmp_path: Path) -> None:
+    rows = [{"question": f"What is {n} + 0?", "answer": f"#### {n}"} for n in range(50)]
+    source = dataset(write(tmp_path / "a.jsonl", rows + rows[:10]))
+    dropped: Counter[str] = Counter()
+    tasks = load_tasks(source, seed=0, dropped=dropped)
+    assert dropped["rows_of_other_split"] > 3 and dropped["duplicate_prompts"] > 3
+    assert len(tasks) + dropped.total() == 60
+    again: Counter[str] = Counter()
+    assert len(load_examples(source, ExampleMix(), seed=0, dropped=again)) == len(tasks) and again == dropped
 
 
 def test_humaneval_rows_become_code_tasks_with_a_whole_program_as_answer(tmp_path: Path) -> None:
@@ -153,6 +165,15 @@ def test_hub_id_without_a_hub_is_a_data_error_with_the_way_out() -> None:
         load_tasks(dataset("nobody/nothing"), seed=0)
 
 
+def test_a_hub_that_never_ends_is_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_: time.sleep(5))
+    monkeypatch.setattr("pipeline.data.HUB_DEADLINE_S", 0.05)
+    with pytest.raises(InfrastructureError, match="nobody/nothing.*write its path"):
+        load_tasks(dataset("nobody/nothing"), seed=0)
+
+
 def test_reading_a_file_does_not_import_the_datasets_library(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", GSM8K)
     code = (
@@ -183,6 +204,13 @@ def test_held_out_seeds_never_meet_training_seeds() -> None:
     held_out = load_tasks(GeneratedTasks.model_validate(levels | {"split": "held_out"}), seed=1)
     assert train and held_out
     assert not {task.prompt for task in train} & {task.prompt for task in held_out}
+
+
+def test_tasks_that_a_level_does_not_hold_are_counted() -> None:
+    source = GeneratedTasks(domains=["maths"], levels=(1, 1), tasks_per_level=2000)
+    dropped: Counter[str] = Counter()
+    tasks = load_tasks(source, seed=0, dropped=dropped)
+    assert len(tasks) < 2000 and dropped == {"tasks_not_found": 2000 - len(tasks)}
 
 
 def test_examples_follow_the_mix() -> None:

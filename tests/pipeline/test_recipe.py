@@ -171,6 +171,24 @@ def test_broken_recipe_is_refused_with_the_key_named(path: Path, monkeypatch: An
     assert len(lines) <= 2, "one mistake, one problem"
 
 
+def test_keys_without_effect_are_refused_only_where_they_are_written() -> None:
+    data = five_stages()
+    keep, climb = data["stages"][0], data["stages"][2]
+    keep["examples"] = {"dataset": "openai/gsm8k", "format": "gsm8k"}
+    keep["calibrate_dtype"] = "float32"  # the default's own value does nothing either
+    climb["tasks"] = {"tasks_per_level": 6}
+    text = refusal(data)
+    assert "3 problems" in text
+    for key in ("stages.keep.mix", "stages.keep.calibrate_dtype", "stages.climb.tasks.tasks_per_level"):
+        assert f"{key}: has no effect here" in text
+    del keep["mix"], climb["tasks"]["tasks_per_level"]
+    keep["calibrate_policy"] = BASE
+    recipe = check(data)
+    saved = recipe.model_dump(mode="json")
+    assert "mix" not in saved["stages"][0] and saved["stages"][0]["calibrate_tasks"] == 48
+    assert check(saved) == recipe, "what a run writes down can be run again"
+
+
 def test_at_least_twenty_broken_recipes_are_kept() -> None:
     assert len(BROKEN) >= 20
 

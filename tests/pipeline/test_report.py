@@ -160,8 +160,9 @@ def test_a_curriculum_of_levels_is_a_heat_map_and_one_of_prompts_is_counted(tmp_
 def test_prompt_plots_count_the_prompts_and_average_their_posteriors(monkeypatch):
     drawn = {}
     monkeypatch.setattr(plots, "line_plot", lambda title, lines, **_: drawn.update({title: lines[0].points}))
-    rows = [{"step": step, "cell": cell, "domain": "maths", "level": 0, "alpha": alpha, "beta": 1.0, "sampled": sampled}
-            for step, cell, alpha, sampled in [(1, "a", 1, 1), (1, "b", 3, 1), (1, "c", 9, 0), (2, "a", 1, 2)]]  # fmt: skip
+    cells = [(1, "a", 1, 1), (1, "b", 3, 1), (1, "c", 9, 0), (2, "a", 1, 2)]
+    rows = [{"step": step, "cell": cell, "domain": "maths", "level": 0, "alpha": alpha, "beta": 1, "sampled": sampled}
+            for step, cell, alpha, sampled in cells]  # fmt: skip
     report._prompt_plots(rows, [plots.Series("maths", [], 1)])
     assert drawn["prompts tried"] == [(1, 2), (2, 1)]
     assert drawn["their mean posterior pass rate"] == [(1, (0.5 + 0.75) / 2), (2, 0.5)]

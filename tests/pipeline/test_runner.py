@@ -310,7 +310,7 @@ def test_failed_report_ends_the_run_with_its_own_error(world: World, capsys: pyt
     assert "report: KeyError" in capsys.readouterr().err
 
 
-def test_report_of_an_earlier_run_is_written_anew_where_the_run_after_it_was_killed_before_its_own(world: World) -> None:
+def test_stale_report_is_written_anew_though_every_stage_is_complete(world: World) -> None:
     world.go(make_recipe(world.tmp_path))
     changed, doors = make_recipe(world.tmp_path, sft_rate=2e-3), world.doors()
     dies = Doors(doors.load_stage, doors.code_version, doors.make_cluster, lambda _: {}["killed here"])

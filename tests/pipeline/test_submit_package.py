@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeline.recipe import load, resolved_yaml
-from pipeline.stage import RecipeError
-from pipeline.submit import MAX_PACKAGE_BYTES, for_cluster, package_files, write_package
+from pipeline.stage import InfrastructureError, RecipeError
+from pipeline.submit import MAX_PACKAGE_BYTES, for_cluster, package_files, run_job, write_package
 
 
 def test_package_holds_sources_and_named_files_and_nothing_else(tmp_path: Path) -> None:
@@ -43,3 +44,18 @@ def test_too_large_a_package_is_refused_with_the_largest_part_named(monkeypatch,
     with pytest.raises(RecipeError, match=r"the largest part is \S+ \("):
         package_files(for_cluster(load("recipes/smoke.yaml")))
     assert MAX_PACKAGE_BYTES == 50_000_000
+
+
+def test_a_job_that_never_starts_is_stopped_and_says_what_it_asks_for(monkeypatch, tmp_path: Path) -> None:
+    stopped = []
+    pending = SimpleNamespace(status=SimpleNamespace(value="PENDING"), message="waiting for the runtime environment")
+    client = SimpleNamespace(
+        submit_job=lambda **_: "job-1",
+        get_address=lambda: "http://head:8265",
+        get_job_info=lambda job: pending,
+        stop_job=stopped.append,
+    )
+    monkeypatch.setattr("pipeline.submit.PENDING_DEADLINE_S", 0.0)
+    with pytest.raises(InfrastructureError, match="PENDING.*waiting for the runtime.*asks of the cluster a node"):
+        run_job(client, "python -m cli run", tmp_path / "package.zip")  # type: ignore[arg-type]
+    assert stopped == ["job-1"]
