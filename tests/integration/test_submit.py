@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import shutil
 import signal
 import socket
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cluster import AUTH_TOKEN
 from pipeline.stage import InfrastructureError
 from pipeline.submit import job_client, run_job, submit, write_package
 
@@ -27,7 +27,7 @@ def head() -> Iterator[str]:
     """Address of a head of our own: its folder, ports and token are nobody else's."""
     folder = Path(tempfile.mkdtemp(prefix="drs", dir="/tmp"))  # short: Ray's socket paths may have 107 characters
     token = folder / "token"
-    token.write_text(secrets.token_hex(32))
+    token.write_text(AUTH_TOKEN)  # Ray reads a process's token once, and other tests here start Rays too
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(token))  # for the head and for our client
     ports = free_ports(4)
     command = [

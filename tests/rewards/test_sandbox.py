@@ -193,7 +193,7 @@ def test_threads_are_refused(sandbox: Sandbox) -> None:
 
 def test_a_memory_bomb_ends_in_memory_error(sandbox: Sandbox) -> None:
     with pytest.raises(AnswerFault, match="MemoryError"):
-        sandbox.run("def f():\n x = []\n while True: x.append(bytearray(1 << 24))", "f", [[]])
+        sandbox.run("def f():\n x = []\n while True: x.append(bytearray(1 << 28))", "f", [[]])
 
 
 def test_a_gigabyte_on_stdout_goes_nowhere(sandbox: Sandbox) -> None:
