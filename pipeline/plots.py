@@ -75,7 +75,7 @@ def bar_plot(
         return nothing(title)
     axes = Axes((0, len(bars)), (0, _ticks(0, max(map(sum, bars.values())) or 1, 4)[-1]))
     parts = [_frame(axes, title, x_label, x_ticks=False)]
-    every = math.ceil(len(bars) / 12)
+    every = math.ceil(len(bars) * (max(map(len, bars)) + 1) / 36)  # as many labels as have room side by side
     for i, (label, heights) in enumerate(bars.items()):
         base = 0.0
         for height, colour in zip(heights, colours, strict=False):
