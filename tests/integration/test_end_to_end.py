@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from runs import ROOT, complete, events, kill, processes_of, start, wait_for
+from real_runs import ROOT, complete, events, kill, processes_of, start, wait_for
 
 RECIPE = "recipes/smoke.yaml"
 STAGES = ["seedling", "keep", "warm", "climb", "tidy", "score"]
