@@ -231,6 +231,9 @@ class DpoStage(Stage):
     max_length_ratio: Annotated[float, Field(ge=1.0)] = Field(
         1.5, description="chosen and rejected differ in length by no more than this factor"
     )
+    when_no_pairs: Literal["stop", "keep_policy"] = Field(
+        "stop", description="no pair at all: stop with exit 3, or hand the policy on unchanged"
+    )
     lora: LoraSettings = LoraSettings()
     train: TrainSettings = TrainSettings(learning_rate=1e-4, batch_examples=16)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+import shutil
 import tempfile
 import time
 from collections import Counter
@@ -67,11 +68,16 @@ def run(context: StageContext) -> dict[str, Any]:
         max_pairs=stage.max_pairs,
     )
     counts = pair_counts(mined)
+    if not mined.pairs and stage.when_no_pairs == "keep_policy":
+        context.emit("note", text=f"no pair in {mined.num_groups} groups ({mined.dropped}): policy unchanged")
+        shutil.copytree(context.checkpoint(stage.policy), context.work / "checkpoint")
+        return counts | {"tokens_trained": 0}
     if not mined.pairs:
         raise DataError(
             f"{rollouts}: {mined.num_groups} groups in the last {stage.last_steps} steps and no pair among them "
             f"(groups by reason: {mined.dropped}; ungraded answers: {mined.num_ungraded}); raise stages.{stage.name}."
-            f"last_steps, .max_length_ratio or .train.max_tokens, or stages.{stage.rollouts}.group_size"
+            f"last_steps, .max_length_ratio or .train.max_tokens, or stages.{stage.rollouts}.group_size, or "
+            f"set stages.{stage.name}.when_no_pairs=keep_policy"
         )
     pairs_file = context.work / "pairs.parquet"
     write_pairs(pairs_file, mined.pairs)

@@ -123,6 +123,13 @@ def test_no_pair_is_an_error_that_counts_and_names_the_keys(tmp_path):
     with pytest.raises(DataError, match=r"3 groups .*'no_full_score': 3.*stages\.tidy\.last_steps.*stages\.climb"):
         pipeline.dpo.run(context)
 
+    lenient = stage.model_copy(update={"when_no_pairs": "keep_policy"})
+    context, _ = context_for(tmp_path, lenient, {"climb": climb})
+    metrics = pipeline.dpo.run(context)
+    assert metrics["num_pairs"] == 0 and metrics["groups_dropped"] == {"no_full_score": 3}
+    weights = "checkpoint/model.safetensors"
+    assert (context.work / weights).read_bytes() == (init / "model.safetensors").read_bytes()
+
 
 @dataclass
 class SleepyJob:
