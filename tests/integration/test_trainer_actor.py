@@ -124,7 +124,8 @@ def test_no_pair_is_an_error_that_counts_and_names_the_keys(tmp_path):
         pipeline.dpo.run(context)
 
     lenient = stage.model_copy(update={"when_no_pairs": "keep_policy"})
-    context, _ = context_for(tmp_path, lenient, {"climb": climb})
+    (tmp_path / "again").mkdir()
+    context, _ = context_for(tmp_path / "again", lenient, {"climb": climb})
     metrics = pipeline.dpo.run(context)
     assert metrics["num_pairs"] == 0 and metrics["groups_dropped"] == {"no_full_score": 3}
     weights = "checkpoint/model.safetensors"
