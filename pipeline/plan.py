@@ -15,7 +15,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from model.shapes import count_lora_parameters, count_parameters, kv_bytes_per_token, read_config
+from model.config import read_config
+from model.tensor_map import count_lora_parameters, count_parameters, kv_bytes_per_token
 from pipeline.config import (
     AnyStage,
     BootstrapStage,

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 from functools import reduce
 
 from model.checkpoint import HUB_ID, SMOLLM2
-from model.shapes import read_config
+from model.config import read_config
+from model.tensor_map import text_config
 from pipeline.config import (
     AnyStage,
     BootstrapStage,
@@ -228,7 +229,7 @@ def max_positions(recipe: Recipe, reference: str) -> int | None:
     if isinstance(base, BootstrapStage):
         return base.max_positions
     try:
-        positions = (read_config(base) or {}).get("max_position_embeddings")
+        positions = text_config(read_config(base) or {}).get("max_position_embeddings")
     except ValueError:
         return None  # already reported by the reference check
     return positions if isinstance(positions, int) else None

@@ -22,6 +22,7 @@ from markupsafe import Markup
 
 from pipeline import plots
 from pipeline.plots import Series
+from pipeline.report_routers import router_panel
 from pipeline.run_reader import Row, RunReader, StageView
 
 LONGEST_TEXT = 1500  # characters of one prompt or answer shown
@@ -242,7 +243,7 @@ def judge(run: RunReader, stage: StageView, folder: Path) -> Row | None:
 def tuned(run: RunReader, stage: StageView, folder: Path) -> Row | None:
     losses = run.json_lines(folder / "losses.jsonl")
     figures = _curves(losses, [("loss", "loss", {}), ("learning_rate", "learning rate", {})])
-    return {"figures": figures} if figures else None
+    return {"figures": figures, "routers": router_panel(losses)} if figures else None
 
 
 PREFERENCE_CURVES: list[tuple[str, str, Row]] = [
@@ -307,6 +308,7 @@ def climb(run: RunReader, stage: StageView, folder: Path) -> Row | None:
     ]
     return {
         "figures": figures,
+        "routers": router_panel(steps),
         "steps": len(steps),
         "legend": [(series.label, series.colour) for series in lines],
         "mean_levels": [plots.line_plot("mean sampled level", lines, x_label="step", smooth=SMOOTH_STEPS)]

@@ -14,7 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import SftStage, TrainSettings
+from pipeline.config import RouterSettings, SftStage, TrainSettings
 from pipeline.data import Example, as_dataset, read_examples
 from pipeline.stage import DataError, StageContext
 from pipeline.trainer_actor import (
@@ -24,6 +24,7 @@ from pipeline.trainer_actor import (
     train_in_actor,
     trainer_arguments,
     unchanged_config,
+    use_our_logprobs,
 )
 
 NOT_TRAINED = -100  # torch's cross entropy skips this label
@@ -39,6 +40,7 @@ class SftJob:
     kept: Path  # kept.jsonl of judge_filter
     work: Path  # gets checkpoint/, losses.jsonl and the progress file
     train: TrainSettings
+    router: RouterSettings
     seed: int
 
 
@@ -56,6 +58,7 @@ def run(context: StageContext) -> dict[str, Any]:
         kept=kept,
         work=context.work,
         train=stage.train,
+        router=stage.router,
         seed=context.seed,
     )
     deadline = deadline_s(num_examples * stage.train.max_tokens * stage.train.epochs)
@@ -147,14 +150,47 @@ def show_masked(tokenizer: Any, row: dict[str, list[int]]) -> str:
 def sft_trainer(
     model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], job: SftJob, reporter: Reporter, scratch: str
 ) -> Any:
-    """TRL's trainer on ready token ids: it adds nothing, cuts nothing and computes the loss over `labels`."""
+    """TRL's trainer on ready token ids: it adds nothing, cuts nothing and computes the loss over `labels`. The routers
+    follow `job.router`, their losses taken over all micro-batches of a step."""
     from trl import SFTConfig, SFTTrainer
+    from trl.trainer.utils import FusedCausalLMOutput
 
-    class ReportingSftTrainer(SFTTrainer):
+    from model.router import Route, freeze_routers, slow_routers
+    from model.router_watch import RoutedBatch, RouterWatch
+
+    class RoutedSftTrainer(SFTTrainer):
+        routers: RouterWatch
+        routes: tuple[Route, ...] = ()  # of the newest forward pass
+
+        def create_optimizer(self, model: Any = None) -> Any:
+            optimizer = super().create_optimizer(model)
+            if job.router.policy == "low_lr":
+                slow_routers(optimizer, self.model, job.router.learning_rate_scale)
+            return optimizer
+
+        def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+            """All micro-batches of an optimiser step."""
+            batches, num_items = super().get_batch_samples(*args)
+            if batches:
+                self.routers.begin_step([RoutedBatch(b["input_ids"], b["attention_mask"]) for b in batches])
+            return batches, num_items
+
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            return super().compute_loss(*args, **kwargs) + self.routers.loss(self.routes)
+
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if "loss" in logs:
+                logs |= self.routers.end_step()
             super().log(logs, start_time)
             reporter.step(self.state.global_step, self.state.max_steps, logs)
 
+    if job.router.policy == "frozen":
+        freeze_routers(model)
     arguments = trainer_arguments(job.train, len(rows), job.seed, scratch)
     config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
-    return ReportingSftTrainer(model=model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)
+    trainer = RoutedSftTrainer(model=model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)
+    use_our_logprobs(model, FusedCausalLMOutput, lambda routes: setattr(trainer, "routes", routes))
+    trainer.routers = RouterWatch(
+        model, balance_coef=job.router.balance_coef, z_coef=job.router.z_coef, autocast=trainer.accelerator.autocast
+    )
+    return trainer

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import math
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ POLL_S = 0.5
 START_S = 300.0  # imports, loading, saving: seconds on an idle laptop, minutes on a cold network disk
 SLOWEST_TOKENS_PER_S = 20.0  # a 135M model on one contended core makes 140; below this something hangs
 NUM_THREADS = 2
+FUSED_INPUTS = {"input_ids", "labels", "attention_mask", "num_items_in_batch", "use_cache", "return_dict"}
 
 
 def deadline_s(num_tokens: float) -> float:
@@ -90,7 +93,8 @@ class Reporter:
         self.tokens = int(logs["num_tokens"])
         kept = {"step": step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], "tokens": self.tokens}
         extras = {key.replace("/", "_"): value for key, value in logs.items() if key.startswith(("rewards/", "logps/"))}
-        self._append(self.losses_file, kept | extras)
+        routers = {key: value for key, value in logs.items() if key.startswith("router/")}  # as online_rl names them
+        self._append(self.losses_file, kept | extras | routers)
         event = {"event": "progress", "done": step, "total": num_steps, "unit": "steps", "loss": round(logs["loss"], 4)}
         self._append(self.progress_file, event)
 
@@ -122,8 +126,8 @@ def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output
         "max_length": None,  # over-long examples were dropped and counted; none is cut
         "bf16": train.dtype == "bfloat16",  # autocast over float32 weights: small updates are not rounded away
         "gradient_checkpointing": False,
-        # TRL's auxiliary loss takes a softmax over router logits that Llama 4 gates by a sigmoid: it would pull at a
-        # balance that the model does not have.
+        # TRL's auxiliary loss takes a softmax over router logits that Llama 4 gates by a sigmoid, one micro-batch at a
+        # time. Ours is in model/router.py; the sft stage adds it.
         "router_aux_loss_coef": 0.0,
         "seed": seed,
         "data_seed": seed,
@@ -135,6 +139,41 @@ def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output
         "dataloader_pin_memory": False,
         "use_cpu": not torch.accelerator.is_available(),
     }
+
+
+def use_our_logprobs(model: Any, output_class: type, on_routes: Callable[[Any], None] | None = None) -> None:
+    """Make `model(…, fused_lm_head=True)`, as TRL's trainers call it, answer with the log-probabilities of
+    `model/logprobs.py`, which RL trains on too, instead of those of the head that TRL has put on it.
+
+    `model` is the causal LM itself, without PEFT's wrapper; `output_class` is TRL's FusedCausalLMOutput; `on_routes`
+    is handed the routes of every such forward pass. Labels are the ids themselves, or IGNORED."""
+    from model import logprobs
+    from model.transformer import IGNORED
+
+    without_head = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` and Trainer read the signature
+    def forward(_: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        if not fused_lm_head:
+            return without_head(*args, **inputs)
+        asked = {key: value for key, value in inputs.items() if value is not None}
+        if args or not asked.keys() <= FUSED_INPUTS:
+            raise TypeError(f"TRL calls its fused head with {[*asked]}; ours knows {sorted(FUSED_INPUTS)}")
+        wanted_BS = asked["labels"] != IGNORED
+        wanted_BS[:, 0] = False  # nothing predicts a first token
+        stats, routes = logprobs.token_logprobs(
+            model, asked["input_ids"], wanted_BS, attention_mask_BS=asked.get("attention_mask")
+        )
+        if on_routes is not None:
+            on_routes(routes)
+        wanted = wanted_BS[:, 1:]
+        fields = {"log_probs": stats.logprob_T, "entropy": stats.entropy_T, "mean_logits": stats.mean_logit_T,
+                  "is_top1": stats.is_top1_T}  # fmt: skip
+        spread = {name: x_T.new_zeros(wanted.shape).masked_scatter(wanted, x_T) for name, x_T in fields.items()}
+        loss = -stats.logprob_T.sum() / asked.get("num_items_in_batch", wanted.sum().clamp(min=1))
+        return output_class(loss=loss, label_mask=wanted, **spread)
+
+    model.forward = types.MethodType(forward, model)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Rows of unequal length → padded micro-batches of a bounded number of tokens. Cutting never changes the gradient."""
+"""Rows of unequal length → padded micro-batches of a bounded number of tokens. Cutting never changes the gradient.
+
+Axes: B rows, S sequence, T answer tokens in row order, M MoE layers.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +10,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from model.router import NOT_RECORDED
+
 if TYPE_CHECKING:
     from rl.types import TrainBatch
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """B rows padded on the right to S tokens. The [T] tensors list the answer tokens in row order."""
+    """B rows padded on the right to S tokens."""
 
     ids_BS: torch.Tensor
+    real_BS: torch.Tensor  # bool, False on padding
     answer_BS: torch.Tensor  # bool, True on answer tokens
+    replay_BSM: torch.Tensor | None  # the engine's expert ids, NOT_RECORDED where it left none; None: no row has any
     generator_logprobs: torch.Tensor  # [T] fp32
     advantages: torch.Tensor  # [T] fp32
     staleness: torch.Tensor  # [T] int64: learner version minus token version
@@ -32,19 +39,41 @@ def micro_batches(batch: TrainBatch, max_padded_tokens: int) -> list[MicroBatch]
         if not cuts or (len(cuts[-1]) + 1) * lengths[row] > max_padded_tokens:
             cuts.append([])
         cuts[-1].append(row)
-    return [_pad(batch, cut, max(lengths[row] for row in cut)) for cut in cuts]
+    num_layers = _recorded_layers(batch)
+    return [_pad(batch, cut, max(lengths[row] for row in cut), num_layers) for cut in cuts]
 
 
-def _pad(batch: TrainBatch, rows: list[int], longest: int) -> MicroBatch:
+def _recorded_layers(batch: TrainBatch) -> int | None:
+    """MoE layers that the engine's routes name, None without any; ValueError where rows disagree or are too long."""
+    widths = set()
+    for prompt, answer, routes in zip(batch.prompt_ids, batch.answer_ids, batch.routes or (), strict=False):
+        if routes is not None and len(routes):
+            widths.add(len(routes[0]))
+            if len(routes) > len(prompt) + len(answer):
+                raise ValueError(f"routes of {len(routes)} tokens for a row of {len(prompt) + len(answer)}")
+    if len(widths) > 1:
+        raise ValueError(f"routes name {sorted(widths)} MoE layers; every row passes the same number")
+    return widths.pop() if widths else None
+
+
+def _pad(batch: TrainBatch, rows: list[int], longest: int, num_layers: int | None) -> MicroBatch:
     ids = torch.zeros((len(rows), longest), dtype=torch.long)
-    answer = torch.zeros((len(rows), longest), dtype=torch.bool)
+    real, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    replay = None if num_layers is None else torch.full((*ids.shape, num_layers), NOT_RECORDED)
     for i, row in enumerate(rows):
         prompt, tokens = batch.prompt_ids[row], batch.answer_ids[row]
-        ids[i, : len(prompt) + len(tokens)] = torch.tensor(prompt + tokens)
-        answer[i, len(prompt) : len(prompt) + len(tokens)] = True
+        length = len(prompt) + len(tokens)
+        ids[i, :length] = torch.tensor(prompt + tokens)
+        real[i, :length] = True
+        answer[i, len(prompt) : length] = True
+        routes = batch.routes[row] if batch.routes is not None else None
+        if replay is not None and routes is not None and len(routes):
+            replay[i, : len(routes)] = torch.as_tensor(routes)
     return MicroBatch(
         ids_BS=ids,
+        real_BS=real,
         answer_BS=answer,
+        replay_BSM=replay,
         generator_logprobs=torch.tensor([value for row in rows for value in batch.generator_logprobs[row]]),
         advantages=torch.tensor([batch.advantages[row] for row in rows for _ in batch.answer_ids[row]]),
         staleness=torch.tensor([batch.version - version for row in rows for version in batch.token_versions[row]]),

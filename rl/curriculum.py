@@ -43,7 +43,13 @@ class Curriculum:
     """
 
     def __init__(
-        self, cells: Mapping[str, str], *, kind: str, band: tuple[float, float], decay: float, explore_share: float,
+        self,
+        cells: Mapping[str, str],
+        *,
+        kind: str,
+        band: tuple[float, float],
+        decay: float,
+        explore_share: float,
         seed: int,
     ) -> None:
         self.kind, self.band, self.decay, self.explore_share = kind, band, decay, explore_share

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from model.shapes import kv_bytes_per_token
+from model.tensor_map import kv_bytes_per_token
 from rl.types import EngineSettings, SampledAnswer, SampleRequest, SyncReport
 from rl.weight_sync import WeightsRefused
 
@@ -41,6 +41,13 @@ CPU_ENGINE_ENV = {
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
 }
 ENGINE_ENV = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "HF_HUB_OFFLINE": "1"}
+
+
+def query_growth(config: dict[str, Any]) -> dict[str, Any]:
+    """Llama 4's NoPE layers scale queries by position if the checkpoint says so. vLLM asks the context length instead
+    (on above 32k positions), unless it is told."""
+    tuning = config.get("attn_temperature_tuning")
+    return {} if tuning is None else {"attn_temperature_tuning": bool(tuning)}
 
 
 def kv_block_tokens(config: dict[str, Any]) -> int:
@@ -137,6 +144,7 @@ class VllmGenerator:
                 model=settings.checkpoint,
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 generation_config="vllm",  # nothing of the checkpoint's own sampling defaults
+                override_generation_config=query_growth(config),
                 dtype=settings.dtype,
                 seed=settings.seed,
                 max_model_len=settings.max_model_len,

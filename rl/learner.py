@@ -19,12 +19,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rl.types import StepReport, TrainBatch
 
 if TYPE_CHECKING:
     import torch
+
+    from model.logprobs import TokenStatistics
+    from rl.batcher import MicroBatch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +44,10 @@ class LearnerSettings:
     max_grad_norm: float
     micro_batch_tokens: int
     temperature: float
-    train_router: bool
+    router_policy: str  # train, frozen or low_lr
+    router_learning_rate_scale: float
+    balance_coef: float
+    z_coef: float
     clip_low: float
     clip_high: float
     mismatch_cap: float
@@ -63,6 +71,7 @@ class PolicyLearner:
         import torch
 
         from model.checkpoint import load_policy
+        from model.router_watch import RouterWatch
         from model.tokenizer import load_tokenizer
 
         imported = time.perf_counter()
@@ -70,20 +79,35 @@ class PolicyLearner:
         self.model = load_policy(self.settings.checkpoint, "float32")
         self.model.train()
         self.tokenizer = load_tokenizer(self.settings.checkpoint)
-        if not self.settings.train_router:
-            for name, parameter in self.model.named_parameters():
-                if ".router." in name:
-                    parameter.requires_grad_(False)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=self.settings.learning_rate, weight_decay=self.settings.weight_decay, betas=(0.9, 0.95)
-        )
+        self.optimizer = self._optimizer()
+        self.routers = RouterWatch(
+            self.model, balance_coef=self.settings.balance_coef, z_coef=self.settings.z_coef,
+            autocast=self._autocast, gather=self._gathered, watch_drift=self.settings.rank == 0,
+        )  # fmt: skip
         if self.settings.world_size > 1:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{self.settings.rendezvous}", rank=self.settings.rank,
                 world_size=self.settings.world_size, timeout=timedelta(seconds=NEIGHBOUR_DEADLINE_S),
             )  # fmt: skip
         return {"import_s": imported - begin, "load_s": time.perf_counter() - imported}
+
+    def _optimizer(self) -> torch.optim.AdamW:
+        import torch
+
+        from model.router import freeze_routers, slow_routers
+
+        settings = self.settings
+        if settings.router_policy == "frozen":
+            freeze_routers(self.model)
+        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95), fused=True
+        )
+        if settings.router_policy == "low_lr":
+            slow_routers(optimizer, self.model, settings.router_learning_rate_scale)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
 
     def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport:
         """One optimiser step; with `publish_to`, the new weights are written there and their digest reported."""
@@ -98,16 +122,19 @@ class PolicyLearner:
         metrics["learner_step_s"] = stepped - begin
         metrics["publish_ms"] = (time.perf_counter() - stepped) * 1e3
         return StepReport(
-            version=self.version, metrics=metrics, trained_tokens=tokens, seconds=stepped - begin,
+            version=self.version,
+            metrics=metrics,
+            trained_tokens=tokens,
+            seconds=stepped - begin,
             extras={"digest": digest, "staleness_counts": dict(staleness)},
         )
 
     def publish(self, path: str) -> str:
         """Write the weights where engines can read them; returns their digest."""
+        from model.checkpoint import stored_weights
         from rl.weight_sync import publish_weights
 
-        dtype = self._published_dtype()
-        return publish_weights(((name, tensor.to(dtype)) for name, tensor in self.model.state_dict().items()), path)
+        return publish_weights(stored_weights(self.model, self._published_dtype()), path)
 
     def save(self, directory: str) -> None:
         """Write a complete checkpoint."""
@@ -123,6 +150,7 @@ class PolicyLearner:
     def _update(self, batch: TrainBatch) -> tuple[dict[str, float], int]:
         import torch
 
+        from model.router_watch import RoutedBatch
         from rl.batcher import micro_batches
 
         settings = self.settings
@@ -130,19 +158,22 @@ class PolicyLearner:
         denominator = float(sum(len(cut.advantages) for cut in cuts))
         if denominator == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
+        routed = [RoutedBatch(cut.ids_BS, cut.real_BS, cut.replay_BSM) for cut in cuts]
+        own = slice(settings.rank, None, settings.world_size)
+        self.routers.begin_step(routed, routed[own])
         gauges = Gauges()
-        for cut in cuts[settings.rank :: settings.world_size]:
+        for cut in cuts[own]:
             gauges.add(cut, *self._backward(cut, denominator))
         gauges = self._summed_over_learners(gauges)
         warmup = min(1.0, (self.version + 1) / max(1, settings.warmup_steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * warmup
+            group["lr"] = group["initial_lr"] * warmup
         norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
         if math.isfinite(norm.item()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
-        return gauges.metrics() | rates, int(denominator)
+        return gauges.metrics() | rates | self.routers.end_step(), int(denominator)
 
     def _summed_over_learners(self, gauges: Gauges) -> Gauges:
         """Make every learner's gradient the sum of all, and the gauges those of the whole batch."""
@@ -154,24 +185,39 @@ class PolicyLearner:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             torch.distributed.all_reduce(parameter.grad)
-        shares: list[Any] = [None] * self.settings.world_size
-        torch.distributed.all_gather_object(shares, gauges)
-        return Gauges.joined(shares)
+        return Gauges.joined(self._gathered(gauges))
 
-    def _backward(self, cut: Any, denominator: float) -> tuple[float, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Adds one micro-batch's gradient; returns (its share of the loss, log-probabilities, entropies, clipped)."""
+    def _gathered(self, own: T) -> list[T]:
+        """What each learner holds, in the order of their ranks."""
+        import torch
+
+        if self.settings.world_size == 1:
+            return [own]
+        parts: list[Any] = [None] * self.settings.world_size
+        torch.distributed.all_gather_object(parts, own)
+        return parts
+
+    def _backward(self, cut: MicroBatch, denominator: float) -> tuple[float, TokenStatistics, torch.Tensor]:
+        """Adds one micro-batch's gradient; returns (its part of the policy loss, statistics, clipped tokens)."""
         from model.logprobs import token_logprobs
         from rl.losses import policy_loss
 
         settings = self.settings
         with self._autocast():
-            logprobs, entropy = token_logprobs(self.model, cut.ids_BS, cut.answer_BS, settings.temperature)
+            stats, routes = token_logprobs(
+                self.model, cut.ids_BS, cut.answer_BS, settings.temperature, cut.real_BS, cut.replay_BSM
+            )
         loss, clipped = policy_loss(
-            logprobs, cut.generator_logprobs, cut.advantages, denominator=denominator,
-            clip_low=settings.clip_low, clip_high=settings.clip_high, cap=settings.mismatch_cap,
+            stats.logprob_T,
+            cut.generator_logprobs,
+            cut.advantages,
+            denominator=denominator,
+            clip_low=settings.clip_low,
+            clip_high=settings.clip_high,
+            cap=settings.mismatch_cap,
         )
-        loss.backward()
-        return loss.item(), logprobs.detach(), entropy, clipped
+        (loss + self.routers.loss(routes)).backward()
+        return loss.item(), stats, clipped
 
     def _autocast(self) -> Any:
         import torch
@@ -190,11 +236,11 @@ class Gauges:
         self.entropy: list[Any] = []
         self.clipped: list[Any] = []
 
-    def add(self, cut: Any, loss: float, logprobs: Any, entropy: Any, clipped: Any) -> None:
+    def add(self, cut: Any, loss: float, stats: TokenStatistics, clipped: Any) -> None:
         self.loss += loss
-        self.log_ratios.append(logprobs - cut.generator_logprobs)
+        self.log_ratios.append(stats.logprob_T.detach() - cut.generator_logprobs)
         self.staleness.append(cut.staleness)
-        self.entropy.append(entropy)
+        self.entropy.append(stats.entropy_T)
         self.clipped.append(clipped)
 
     @classmethod

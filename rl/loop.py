@@ -91,9 +91,17 @@ class AsyncLoop:
     """One run of stage 2. Build it, `await run()` once."""
 
     def __init__(
-        self, settings: LoopSettings, pool: TaskPool, curriculum: Curriculum, generators: Sequence[Generator],
-        learner: Learner, graders: Executor, *, on_step: Callable[[StepRecord], None],
-        on_lost: Callable[[RolloutGroup], None], on_event: Callable[..., None],
+        self,
+        settings: LoopSettings,
+        pool: TaskPool,
+        curriculum: Curriculum,
+        generators: Sequence[Generator],
+        learner: Learner,
+        graders: Executor,
+        *,
+        on_step: Callable[[StepRecord], None],
+        on_lost: Callable[[RolloutGroup], None],
+        on_event: Callable[..., None],
     ) -> None:
         self.settings, self.pool, self.curriculum = settings, pool, curriculum
         self.generators, self.learner, self.graders = generators, learner, graders
@@ -151,8 +159,11 @@ class AsyncLoop:
         leased_at = self.controller.generator_version
         index = min(range(len(self.generators)), key=self.outstanding.__getitem__)
         request = SampleRequest(
-            request_id=f"slot{slot}.{attempt}", prompt_ids=prompt_ids, num_samples=self.settings.group_size,
-            max_tokens=self.settings.max_answer_tokens, temperature=self.settings.temperature,
+            request_id=f"slot{slot}.{attempt}",
+            prompt_ids=prompt_ids,
+            num_samples=self.settings.group_size,
+            max_tokens=self.settings.max_answer_tokens,
+            temperature=self.settings.temperature,
             stop_token_ids=self.settings.stop_token_ids,
         )
         self.outstanding[index] += 1
@@ -172,7 +183,11 @@ class AsyncLoop:
         )
         rollouts = [
             Rollout(
-                task=task, group_id=str(slot), answer=answer, text=text, reason=verdict.reason,
+                task=task,
+                group_id=str(slot),
+                answer=answer,
+                text=text,
+                reason=verdict.reason,
                 score=verdict.value if isinstance(verdict, Score) else None,
             )
             for answer, text, verdict in zip(answers, texts, verdicts, strict=True)

@@ -41,8 +41,14 @@ def group_advantages(scores: Sequence[float | None], kind: str) -> list[float]:
 
 
 def policy_loss(
-    learner_logprobs: torch.Tensor, generator_logprobs: torch.Tensor, advantages: torch.Tensor, *,
-    denominator: float, clip_low: float, clip_high: float, cap: float,
+    learner_logprobs: torch.Tensor,
+    generator_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    *,
+    denominator: float,
+    clip_low: float,
+    clip_high: float,
+    cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Token-mean policy gradient with truncated importance weights inside a trust region.
 

@@ -7,6 +7,7 @@ version minus a token's version.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -108,6 +109,9 @@ class TrainBatch:
     generator_logprobs: list[list[float]]
     token_versions: list[list[int]]
     advantages: list[float]
+    # The engine's expert ids [tokens, MoE layers] of each row's first tokens, prompt and answer, -1 where unknown; None
+    # for a row without a record. The last token of an answer was sampled and never routed: its id is not known.
+    routes: Sequence[Sequence[Sequence[int]] | None] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

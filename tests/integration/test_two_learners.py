@@ -29,22 +29,26 @@ def step(rank: int, settings: LearnerSettings, out: str) -> None:
     torch.save((report.metrics, learner.model.state_dict()), f"{out}/{rank}-of-{settings.world_size}.pt")
 
 
-def test_two_learners_make_the_step_that_one_makes(tmp_path):
+@pytest.mark.parametrize("losses", [{}, {"balance_coef": 3.0, "z_coef": 0.5}])
+def test_two_learners_make_the_step_that_one_makes(tmp_path, losses):
     torch.manual_seed(0)
     tokenizer = build_tokenizer(["Compute 1+2.", "user", "assistant"], 300)
     shape = TinyShape(hidden_size=32, head_dim=16, expert_size=32, dense_size=64, num_experts=4)
     save_policy(tiny_llama4(shape, tokenizer), tokenizer, tmp_path / "tiny")
     settings = LearnerSettings(
         checkpoint=str(tmp_path / "tiny"), dtype="float32", learning_rate=1e-3, warmup_steps=0, weight_decay=0.0,
-        max_grad_norm=1e9, micro_batch_tokens=16, temperature=1.0, train_router=True, clip_low=50.0, clip_high=1e9,
-        mismatch_cap=1e9, seed=0, rendezvous=str(tmp_path / "meet"),
+        max_grad_norm=1e9, micro_batch_tokens=16, temperature=1.0, router_policy="train",
+        router_learning_rate_scale=0.1, clip_low=50.0, clip_high=1e9, mismatch_cap=1e9, seed=0,
+        **{"balance_coef": 0.0, "z_coef": 0.0} | losses, rendezvous=str(tmp_path / "meet"),
     )  # fmt: skip
-    step(0, settings, str(tmp_path))
+    step(0, settings, str(tmp_path))  # leaves 0-of-1.pt
     torch.multiprocessing.spawn(step, (dataclasses.replace(settings, world_size=2), str(tmp_path)), nprocs=2)
     metrics, state = torch.load(tmp_path / "0-of-1.pt")
     for rank in (0, 1):
         other_metrics, other_state = torch.load(tmp_path / f"{rank}-of-2.pt")
         assert other_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
         assert other_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
+        for name in ["router/max_vio", *(["router/balance_loss", "router/z_loss"] if losses else [])]:
+            assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name
         for name, tensor in state.items():
             torch.testing.assert_close(other_state[name], tensor, atol=1e-5, rtol=1e-4, msg=name)

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from model.shapes import count_parameters
+from model.tensor_map import count_parameters
 
 
 @pytest.fixture(scope="module")

@@ -189,6 +189,18 @@ def test_keys_without_effect_are_refused_only_where_they_are_written() -> None:
     assert check(saved) == recipe, "what a run writes down can be run again"
 
 
+def test_routers_are_frozen_in_rl_and_trained_in_sft_unless_the_recipe_says_otherwise() -> None:
+    data = five_stages()
+    recipe = check(data)
+    assert (recipe.stage("warm").router.policy, recipe.stage("climb").router.policy) == ("train", "frozen")
+    data["stages"][2]["router"] = {"policy": "low_lr", "learning_rate_scale": 0.5, "z_coef": 1e-4}
+    recipe = check(data)
+    assert recipe.stage("climb").router.learning_rate_scale == 0.5
+    assert check(recipe.model_dump(mode="json")) == recipe
+    data["stages"][2]["router"] = {"learning_rate_scale": 0.5}
+    assert "stages.climb.router.learning_rate_scale: has no effect here: only policy low_lr" in refusal(data)
+
+
 def test_at_least_twenty_broken_recipes_are_kept() -> None:
     assert len(BROKEN) >= 20
 

@@ -15,6 +15,7 @@ import yaml
 
 from pipeline import plots, report
 from pipeline.report import spearman, write_report
+from pipeline.report_routers import router_panel
 
 HOSTILE = "</pre></title><script>alert('pwned')</script><img src=x onerror=alert(1)>"
 STAGES: list[dict[str, Any]] = [
@@ -130,6 +131,32 @@ def test_a_whole_run_shows_its_numbers(tmp_path):
     for shown in numbers + words:
         assert shown in page, shown
     assert "climb/steps.jsonl: 1 unreadable lines left out" in page  # a torn last line costs itself only
+
+
+def router_rows(layers: list[int]) -> list[dict]:
+    prefixes = ["router/", *(f"router/layer{layer}/" for layer in layers)]
+    gauges = {"max_vio": 1.5, "drift": 0.01}
+    rows = [{f"{prefix}{gauge}": value for prefix in prefixes for gauge, value in gauges.items()} for _ in range(3)]
+    return [row | {"step": i, "loss": 0.5} for i, row in enumerate(rows, 1)]
+
+
+def test_what_the_routers_did_is_drawn_by_layer_in_sft_and_rl(tmp_path):
+    whole_run(tmp_path)
+    assert "routers sent" not in write_report(tmp_path).read_text(), "nothing was recorded"
+    for stage, file in (("warm", "losses.jsonl"), ("climb", "steps.jsonl")):
+        rows = router_rows([1, 3])
+        (tmp_path / stage / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(tmp_path).read_text()
+    assert page.count("Where its routers sent the tokens") == 2
+    assert page.count("layer 1</span>") == page.count("layer 3</span>") == 2
+    assert page.count("drift since the start (JS, nats)</text>") == 2 and "agreement with" not in page
+
+
+def test_of_many_router_layers_the_worst_is_drawn():
+    assert router_panel([{"step": 1, "loss": 0.1}]) is None
+    panel = router_panel(router_rows(list(range(24))))
+    assert panel["legend"] == [("the worst of 24 layers", 1)] and len(panel["figures"]) == 2
+    assert panel["figures"][0].count("<polyline") == 1
 
 
 def test_what_was_left_out_is_counted_in_its_section(tmp_path):

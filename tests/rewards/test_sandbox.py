@@ -255,7 +255,7 @@ def test_a_missing_doubled_or_malformed_result_is_a_fault(sandbox: Sandbox, body
 def test_a_verdict_on_stdout_or_stderr_is_not_heard(sandbox: Sandbox) -> None:
     program = (
         "import os\ndef f():\n    print('PASSED', flush=True)\n"
-        "    return [os.write(fd, b'{\"value\": \"passed\"}\\n') for fd in (1, 2)]\n"
+        '    return [os.write(fd, b\'{"value": "passed"}\\n\') for fd in (1, 2)]\n'
     )
     assert sandbox.run(program, "f", [[]]) == [[20, 20]]
 

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 import torch
 
+from model.router import routes_of
+from model.router_watch import RoutedBatch
 from rl.batcher import micro_batches
 from rl.types import TrainBatch
 
@@ -34,6 +36,34 @@ def test_micro_batches_keep_every_answer_token_with_signal_once():
         assert len(cut.advantages) == len(cut.generator_logprobs) == int(cut.answer_BS.sum())
 
 
+def test_micro_batches_say_what_is_real_and_carry_routes_to_their_tokens():
+    """Ids 10·token + layer, so that a misplaced one shows; row 3's record ends one token early, row 4 has none."""
+    whole = batch()
+    lengths = [len(p) + len(a) for p, a in zip(whole.prompt_ids, whole.answer_ids)]
+    routes = [[[10 * token, 10 * token + 1] for token in range(n - (row == 3))] for row, n in enumerate(lengths)]
+    routes[4] = None
+    cuts = micro_batches(dataclasses.replace(whole, routes=routes), max_padded_tokens=30)
+    seen = {}
+    for cut in cuts:
+        for ids, real, replay in zip(cut.ids_BS, cut.real_BS, cut.replay_BSM):
+            row = int(ids[2]) - 9  # a prompt ends with its row
+            length = int(real.sum())
+            assert length == lengths[row] and real[:length].all()
+            assert (replay[length:] == -1).all(), "padding went to an expert"
+            seen[row] = replay[:length].tolist()
+    assert seen[0] == routes[0] and seen[5] == routes[5]
+    assert seen[3] == [*routes[3], [-1, -1]] and seen[4] == [[-1, -1]] * lengths[4]
+    assert all(cut.replay_BSM is None for cut in micro_batches(whole, 30))
+
+
+def test_routes_that_cannot_belong_to_their_rows_are_refused():
+    whole = batch(rows=2)
+    with pytest.raises(ValueError, match="routes of 7 tokens for a row of 6"):
+        micro_batches(dataclasses.replace(whole, routes=[[[0]] * 7, None]), 30)
+    with pytest.raises(ValueError, match=r"routes name \[1, 2\] MoE layers"):
+        micro_batches(dataclasses.replace(whole, routes=[[[0]] * 6, [[0, 0]] * 8]), 30)
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     from model.checkpoint import save_policy
@@ -52,8 +82,21 @@ def learner(checkpoint, **changes):
     from rl.learner import LearnerSettings, PolicyLearner
 
     settings = LearnerSettings(
-        checkpoint=checkpoint, dtype="float32", learning_rate=1e-3, warmup_steps=0, weight_decay=0.0, max_grad_norm=1e9,
-        micro_batch_tokens=8192, temperature=1.0, train_router=True, clip_low=50.0, clip_high=1e9, mismatch_cap=1e9,
+        checkpoint=checkpoint,
+        dtype="float32",
+        learning_rate=1e-3,
+        warmup_steps=0,
+        weight_decay=0.0,
+        max_grad_norm=1e9,
+        micro_batch_tokens=8192,
+        temperature=1.0,
+        router_policy="train",
+        router_learning_rate_scale=0.1,
+        balance_coef=0.0,
+        z_coef=0.0,
+        clip_low=50.0,
+        clip_high=1e9,
+        mismatch_cap=1e9,
         seed=0,
     )
     made = PolicyLearner(dataclasses.replace(settings, **changes))
@@ -63,17 +106,30 @@ def learner(checkpoint, **changes):
 
 def gradients(checkpoint, **changes):
     made = learner(checkpoint, **changes)
-    denominator = float(sum(len(a) for a, advantage in zip(batch().answer_ids, batch().advantages) if advantage))
-    for cut in micro_batches(batch(), made.settings.micro_batch_tokens):
+    cuts = micro_batches(batch(), made.settings.micro_batch_tokens)
+    made.routers.begin_step([RoutedBatch(cut.ids_BS, cut.real_BS) for cut in cuts])
+    denominator = float(sum(len(cut.advantages) for cut in cuts))
+    for cut in cuts:
         made._backward(cut, denominator)
     return {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
 
 
-def test_the_gradient_does_not_depend_on_the_cut(checkpoint):
-    whole, cut = gradients(checkpoint), gradients(checkpoint, micro_batch_tokens=16)
+@pytest.mark.parametrize("losses", [{}, {"balance_coef": 3.0, "z_coef": 0.5}])
+def test_the_gradient_does_not_depend_on_the_cut(checkpoint, losses):
+    whole, cut = gradients(checkpoint, **losses), gradients(checkpoint, micro_batch_tokens=16, **losses)
     assert whole.keys() == cut.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], cut[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_the_balance_loss_evens_the_load_out(checkpoint):
+    unbalanced, balanced = (learner(checkpoint, balance_coef=coef, learning_rate=3e-3) for coef in (0.0, 30.0))
+    for made in (unbalanced, balanced):
+        for version in range(6):
+            made.step(batch(version=version))
+    first, last = (made.step(batch(version=6)).metrics for made in (unbalanced, balanced))
+    assert last["router/load_entropy"] > first["router/load_entropy"]
+    assert "router/balance_loss" not in first and 0.9 < last["router/balance_loss"] < 2.0
 
 
 def test_a_step_raises_the_probability_of_what_was_rewarded(checkpoint):
@@ -84,7 +140,8 @@ def test_a_step_raises_the_probability_of_what_was_rewarded(checkpoint):
 
     def objective():
         with torch.no_grad():
-            return sum((token_logprobs(made.model, c.ids_BS, c.answer_BS)[0] * c.advantages).sum() for c in cuts)
+            stats = [token_logprobs(made.model, cut.ids_BS, cut.answer_BS)[0] for cut in cuts]
+        return sum((stat.logprob_T * cut.advantages).sum() for stat, cut in zip(stats, cuts))
 
     before = objective()
     report = made.step(batch())
@@ -92,12 +149,62 @@ def test_a_step_raises_the_probability_of_what_was_rewarded(checkpoint):
     assert report.version == 1 and report.metrics["grad_norm"] > 0
 
 
-def test_a_frozen_router_stays_as_it_is(checkpoint):
-    made = learner(checkpoint, train_router=False)
+def moved(made, **changes):
+    """Largest change of each parameter after one step, by name."""
     before = {name: p.clone() for name, p in made.model.named_parameters()}
-    made.step(batch())
-    changed = {name for name, p in made.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed and not any(".router." in name for name in changed)
+    made.step(batch(**changes))
+    return {name: (p - before[name]).abs().max().item() for name, p in made.model.named_parameters()}
+
+
+def test_a_frozen_router_stays_as_it_is(checkpoint):
+    changes = moved(learner(checkpoint, router_policy="frozen"))
+    assert all(change == 0.0 for name, change in changes.items() if ".router." in name)
+    assert any(changes.values())
+
+
+def test_a_slow_router_takes_its_share_of_the_learning_rate_through_warmup(checkpoint):
+    """Adam's first step is as long as the learning rate: here half of 1e-3, and a tenth of it."""
+    changes = moved(learner(checkpoint, router_policy="low_lr", router_learning_rate_scale=0.1, warmup_steps=2))
+    for name, change in changes.items():
+        assert change == pytest.approx(5e-5 if ".router." in name else 5e-4, rel=0.02), name
+
+
+def recorded(made, shift=0):
+    """The learner's own routes as an engine records them: of every token but the last. `shift` plants an offset."""
+    whole = batch()
+    routes = []
+    for prompt, answer in zip(whole.prompt_ids, whole.answer_ids):
+        ids = torch.tensor([prompt + answer])
+        layers = [route.expert_T for route in routes_of(made.model, ids, torch.ones_like(ids))]
+        routes.append(torch.stack(layers, dim=1)[:-1].roll(shift, dims=0).tolist())
+    return dataclasses.replace(whole, routes=routes)
+
+
+def test_replaying_the_learners_own_routes_is_the_same_step_and_an_offset_of_one_shows(checkpoint):
+    plain = learner(checkpoint).step(batch()).metrics
+    right = learner(checkpoint).step(recorded(learner(checkpoint))).metrics
+    shifted = learner(checkpoint).step(recorded(learner(checkpoint), shift=1)).metrics
+    assert right["loss"] == pytest.approx(plain["loss"], abs=1e-6)
+    assert right["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-4)
+    assert right["router/agreement"] == 1.0 and shifted["router/agreement"] < 0.8
+    assert right["router_replay_missing"] == 5  # the last token of each of the five rows with signal
+    assert shifted["loss"] != pytest.approx(plain["loss"], abs=1e-6)
+    assert "router/agreement" not in plain and "router_replay_missing" not in plain
+
+
+def test_the_router_learns_under_replay(checkpoint):
+    made = learner(checkpoint)
+    before = {name: p.clone() for name, p in made.model.named_parameters() if ".router." in name}
+    made.step(recorded(made))
+    assert all(not torch.equal(p, before[name]) for name, p in made.model.named_parameters() if name in before)
+
+
+def test_a_step_reports_what_its_routers_do(checkpoint):
+    made = learner(checkpoint)
+    metrics = made.step(batch()).metrics
+    assert {f"router/layer{layer}/max_vio" for layer in made.model.config.moe_layers} < metrics.keys()
+    assert 0 < metrics["router/drift"] < 0.01, "one small step moves a router a little"
+    assert all(isinstance(value, float) for value in metrics.values())
 
 
 def test_a_batch_of_another_version_is_refused(checkpoint):

@@ -45,19 +45,37 @@ class CountingLearner:
 
 def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), steps=3, max_staleness=1, lost=None):
     settings = LoopSettings(
-        groups_per_step=2, group_size=2, num_steps=steps, max_staleness=max_staleness, max_answer_tokens=8,
-        temperature=1.0, stop_token_ids=(5,), advantage="rloo", overlong_penalty=0.0,
+        groups_per_step=2,
+        group_size=2,
+        num_steps=steps,
+        max_staleness=max_staleness,
+        max_answer_tokens=8,
+        temperature=1.0,
+        stop_token_ids=(5,),
+        advantage="rloo",
+        overlong_penalty=0.0,
         weights_path="/nonexistent/v{version}",
     )
     pool = TaskPool(
         task_of=lambda cell, slot: Task(task_id=f"{cell}/{slot}", domain="maths", level=1, prompt="p", verifier="text"),
-        encode=lambda prompt: [1], decode=lambda ids: str(ids[0]), grade=grade,
+        encode=lambda prompt: [1],
+        decode=lambda ids: str(ids[0]),
+        grade=grade,
     )
     records, events, lost = [], [], lost if lost is not None else []
     curriculum = Curriculum({"maths/1": "maths"}, kind="uniform", band=(0.2, 0.8), decay=1.0, explore_share=0.0, seed=0)
     with ThreadPoolExecutor(1) as graders:
-        loop = AsyncLoop(settings, pool, curriculum, [generator], learner, graders,
-                         on_step=records.append, on_lost=lost.append, on_event=lambda event, **_: events.append(event))
+        loop = AsyncLoop(
+            settings,
+            pool,
+            curriculum,
+            [generator],
+            learner,
+            graders,
+            on_step=records.append,
+            on_lost=lost.append,
+            on_event=lambda event, **_: events.append(event),
+        )
         asyncio.run(asyncio.wait_for(loop.run(), 20))
     return records, events, loop
 

@@ -1,0 +1,59 @@
+"""The routed experts of one MoE layer: each token through the one SwiGLU that the router chose for it.
+
+    tokens ─ sort by expert ─ × gate ─ gate_up product ─ silu(gate) ∘ up ─ down product ─ back in order
+
+Only routed work is done: transformers' reference runs every expert on every token, E times as much. Top-1 makes the
+sort a permutation, so bringing the rows back is a gather too.
+
+Axes: T tokens, R = T rows sorted by expert, D hidden size, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from model.kernels.grouped_gemm import grouped_mm
+from model.precision import Fp8Settings
+
+if TYPE_CHECKING:
+    from model.fp8_gauges import Fp8Gauges
+
+
+class Experts(nn.Module):
+    """Parameters as transformers has them, input-major: gate_up_proj [E, D, 2F] (gate first), down_proj [E, F, D]."""
+
+    def __init__(self, num_experts: int, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, hidden_size, 2 * width))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden_size))
+        self.precision: Fp8Settings | None = None  # None: the dtype of what comes in
+        self.gauges: Fp8Gauges | None = None
+
+    def initialise(self) -> None:
+        """1/√fan-in; half of it for what writes into the residual stream."""
+        nn.init.normal_(self.gate_up_proj, std=1.0 / math.sqrt(self.gate_up_proj.shape[1]))
+        nn.init.normal_(self.down_proj, std=0.5 / math.sqrt(self.down_proj.shape[1]))
+
+    def forward(self, x_TD: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor) -> torch.Tensor:
+        """[T, D] in the order of the tokens. `expert_T` int64, `gate_T` the router's sigmoid."""
+        order_R = expert_T.argsort(stable=True)  # stable: equal experts keep the tokens' order, every time
+        ends_E = torch.bincount(expert_T, minlength=len(self.down_proj)).cumsum(0).to(torch.int32)
+        # Llama 4 scales the expert's input, not its output: SwiGLU is not linear, so the two differ.
+        rows_RD = x_TD[order_R] * gate_T[order_R].unsqueeze(1).to(x_TD.dtype)
+        hidden_R2F = self._product(rows_RD, self.gate_up_proj, ends_E, "gate_up")
+        gate_RF, up_RF = hidden_R2F.chunk(2, dim=-1)
+        out_RD = self._product(F.silu(gate_RF) * up_RF, self.down_proj, ends_E, "down")
+        return out_RD[order_R.argsort()]
+
+    def _product(self, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor, name: str) -> torch.Tensor:
+        if self.precision is None:
+            return grouped_mm(x_RK, w_EKN, ends_E)
+        from model.kernels.fp8 import fp8_grouped_mm
+
+        gauges = None if self.gauges is None else self.gauges.named(name)
+        return fp8_grouped_mm(x_RK, w_EKN, ends_E, self.precision, gauges)

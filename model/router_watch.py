@@ -1,0 +1,106 @@
+"""What a training stage does with its model's routers beside training them: auxiliary losses and gauges, step by step.
+
+    begin_step(all micro-batches) ─▶ loss(routes) once per micro-batch ─▶ optimiser ─▶ end_step() → metrics
+
+Called by `rl/learner.py` and `pipeline/sft.py`. For a model without routers, or one whose forward does not report its
+routes, every call is there and does nothing.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from model.router import Route, RouterLoss, routes_of
+from model.router_gauges import DriftProbe, RouterLoad, named, recorded_shares
+from model.transformer import MoeForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class RoutedBatch(NamedTuple):
+    """One micro-batch, as far as routing is concerned."""
+
+    ids_BS: torch.Tensor
+    real_BS: torch.Tensor  # bool, or 1 and 0
+    replay_BSM: torch.Tensor | None = None
+
+
+class RouterWatch:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        balance_coef: float,
+        z_coef: float,
+        autocast: Callable[[], AbstractContextManager[Any]],
+        gather: Callable[[Any], Sequence[Any]] = lambda own: [own],
+        watch_drift: bool = True,
+    ) -> None:
+        """`autocast()` is what training runs its forward passes under. `gather` turns one trainer's value into every
+        trainer's; one of them needs to watch the drift."""
+        self.model, self.autocast, self.gather = model, autocast, gather
+        self.layers = list(model.config.moe_layers) if isinstance(model, MoeForCausalLM) else []
+        self.balance_coef, self.z_coef, self.watch_drift = balance_coef, z_coef, watch_drift
+        self.probe: DriftProbe | None = None
+        self.router_loss: RouterLoss | None = None
+        self.load = RouterLoad()
+
+    def begin_step(self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch] | None = None) -> None:
+        """`batches` make up the step, over all trainers; `own` of them are this trainer's. The balance loss has to know
+        where the whole batch goes before the first gradient: from a replay, or by a forward pass that only counts."""
+        if not self.layers:
+            return
+        if self.probe is None and self.watch_drift:
+            documents = [ids[real.bool()].tolist() for batch in batches for ids, real in zip(*batch[:2], strict=True)]
+            with self.autocast():
+                self.probe = DriftProbe(self.model, documents)
+        self.load, self.router_loss = RouterLoad(), None
+        if self.balance_coef or self.z_coef:
+            self.router_loss = RouterLoss(
+                balance_coef=self.balance_coef,
+                z_coef=self.z_coef,
+                num_tokens=float(sum(int(batch.real_BS.sum()) for batch in batches)),
+                shares=self._shares(batches, batches if own is None else own) if self.balance_coef else None,
+            )
+
+    def loss(self, routes: Sequence[Route]) -> torch.Tensor | float:
+        """Count a micro-batch's routes; returns what is added to its loss."""
+        self.load.add(routes)
+        return self.router_loss(routes) if self.router_loss is not None and routes else 0.0
+
+    def end_step(self) -> dict[str, float]:
+        """Metrics of the step, after the optimiser moved the weights: `router/…` of `model/router_gauges.py`, the
+        auxiliary losses before their coefficients, and how many tokens of a replay had no record."""
+        if not self.layers:
+            return {}
+        load, losses = RouterLoad(), Counter[str]()
+        for other_load, other_losses in self.gather((self.load, self.router_loss.sums if self.router_loss else {})):
+            load.join(other_load)
+            losses.update(other_losses)
+        by_layer = load.by_layer()
+        if self.probe is not None:
+            with self.autocast():
+                drift = self.probe.by_layer(self.model)
+            by_layer = [gauges | moved for gauges, moved in zip(by_layer, drift, strict=True)]
+        missing = {"router_replay_missing": load.num_missing()} if load.replayed() else {}
+        return named(by_layer, self.layers) | {f"router/{name}_loss": value for name, value in losses.items()} | missing
+
+    def _shares(self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch]) -> torch.Tensor:
+        """Each expert's share of its layer's tokens in the whole batch, [layers, E]."""
+        replays = [batch.replay_BSM[batch.real_BS.bool()] for batch in batches if batch.replay_BSM is not None]
+        recorded = recorded_shares(replays, self.model.config.num_local_experts) if replays else None
+        if recorded is not None:
+            return recorded
+        load, whole = RouterLoad(), RouterLoad()
+        for batch in own:
+            with self.autocast():
+                load.add(routes_of(self.model, *batch))
+        for part in self.gather(load):
+            whole.join(part)
+        return whole.shares()

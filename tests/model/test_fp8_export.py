@@ -1,0 +1,81 @@
+"""FP8 checkpoints against compressed-tensors' own decompression; vLLM's reading is in test_fp8_served.py."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Llama4TextConfig
+
+from model.config import TinyShape, tiny
+from model.fp8_export import SERVED_AS, export_fp8
+from model.kernels.quantise import quantise
+from model.precision import Fp8Settings
+from model.tensor_map import parameters
+
+SHAPE = TinyShape(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=16, expert_size=256,
+                  dense_size=64, num_experts=4)  # fmt: skip
+LAYER = 3  # of the MoE layers 1, 3, 5 the one that is neither first nor last
+EXPERTS = f"model.layers.{LAYER}.feed_forward.experts"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A random tiny Llama 4 in BF16, and its tensors."""
+    config = Llama4TextConfig(**tiny(SHAPE, vocab_size=32)).to_dict()
+    torch.manual_seed(0)
+    weights = {spec.name: torch.randn(spec.shape).to(torch.bfloat16) for spec in parameters(config)}
+    weights[f"{EXPERTS}.gate_up_proj"][1, 5, 300] = 100.0  # an outlier in one column of one expert's up projection
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "tokenizer.json").write_text("{}")
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source, weights
+
+
+@pytest.mark.parametrize("recipe", ["tensor", "row", "block128"])
+def test_decompressed_by_compressed_tensors_are_the_weights_that_training_multiplies_by(tmp_path, checkpoint, recipe):
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    source, weights = checkpoint
+    sizes = export_fp8(source, tmp_path / "fp8", Fp8Settings(recipe=recipe))
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    arguments = QuantizationArgs(num_bits=8, type="float", **SERVED_AS[recipe][0])
+    for fused, parts in (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",))):
+        whole = weights[f"{EXPERTS}.{fused}"].float()
+        ours = quantise(whole, recipe, axis=1).dequantise()
+        for expert in range(SHAPE.num_experts):
+            for part, ours_KN in zip(parts, ours[expert].chunk(len(parts), dim=-1), strict=True):
+                name = f"{EXPERTS}.{expert}.{part}.weight"
+                assert stored[name].dtype == torch.float8_e4m3fn
+                theirs_NK = dequantize(stored[name], stored[f"{name}_scale"], args=arguments, dtype=torch.float32)
+                assert torch.equal(theirs_NK.T, ours_KN)
+    assert sizes["bytes_after"] < sizes["bytes_before"]
+    assert (tmp_path / "fp8" / "tokenizer.json").read_text() == "{}"
+
+
+def test_what_stays_high_is_bit_for_bit_the_same(tmp_path, checkpoint):
+    source, weights = checkpoint
+    export_fp8(source, tmp_path / "fp8", Fp8Settings())
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    for name, tensor in weights.items():
+        if ".experts." not in name:
+            assert torch.equal(stored[name], tensor)
+    first = weights["model.layers.1.feed_forward.experts.down_proj"]
+    for expert in range(SHAPE.num_experts):  # the first MoE layer: cut per expert, not quantised
+        assert torch.equal(stored[f"model.layers.1.feed_forward.experts.{expert}.down_proj.weight"], first[expert].T)
+
+
+def test_refusals_name_what_was_seen(tmp_path, checkpoint):
+    source, _ = checkpoint
+    config = json.loads((source / "config.json").read_text())
+    for changes, recipe, message in (
+        ({"model_type": "llama"}, "row", "model_type is 'llama'"),
+        ({"moe_layers": [1, 3]}, "row", r"MoE layers \[1, 3\] none is left"),
+        ({"intermediate_size": 192}, "block128", "do not fit experts of 128 × 192"),
+    ):
+        (source / "config.json").write_text(json.dumps(config | changes))
+        with pytest.raises(ValueError, match=message):
+            export_fp8(source, tmp_path / "fp8", Fp8Settings(recipe=recipe))

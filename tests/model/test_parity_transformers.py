@@ -1,0 +1,184 @@
+"""Our model against transformers' Llama4ForCausalLM on the same random weights, fp32.
+
+Chunk and floor are shrunk to 16 and 8 positions, so that masks and the growth of queries bite; weights and norms have
+non-zero means, since some mistakes (a gate after the expert) hide behind zero ones.
+"""
+
+import pytest
+import torch
+from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+import model.transformer as transformer
+from model.experts import Experts
+from model.transformer import MoeForCausalLM
+
+CHUNK = 16
+SCOUT_ROPE = {"rope_type": "llama3", "rope_theta": 10_000.0, "factor": 16.0, "low_freq_factor": 1.0,
+              "high_freq_factor": 1.0, "original_max_position_embeddings": 64}  # fmt: skip
+
+
+def config(kind: str) -> Llama4TextConfig:
+    scout = kind == "scout"
+    return Llama4TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, intermediate_size_mlp=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_local_experts=4,
+        interleave_moe_layer_step=1 if scout else 2, use_qk_norm=scout, attention_chunk_size=CHUNK, floor_scale=8,
+        max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2, router_aux_loss_coef=0.0,
+        rope_parameters=SCOUT_ROPE if scout else {"rope_type": "default", "rope_theta": 10_000.0},
+    )  # fmt: skip
+
+
+def pair(kind: str) -> tuple[Llama4ForCausalLM, MoeForCausalLM]:
+    torch.manual_seed(0)
+    theirs = Llama4ForCausalLM(config(kind)).float()
+    with torch.no_grad():
+        for name, weight in theirs.named_parameters():
+            if weight.dim() < 2:
+                weight.normal_(1.0, 0.2)
+            else:
+                fan_in = 1 if "embed" in name else weight.shape[-2] if weight.dim() == 3 else weight.shape[-1]
+                weight.normal_(0.02, fan_in**-0.5)
+    ours = MoeForCausalLM(config(kind))
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    return theirs.eval(), ours.eval()
+
+
+def tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(3, 64, shape, generator=torch.Generator().manual_seed(shape[-1]))
+
+
+def logits(model, ids, **inputs):
+    return model(ids, use_cache=False, **inputs).logits
+
+
+@pytest.fixture(scope="module", params=["scout", "maverick"])
+def models(request):
+    return pair(request.param)
+
+
+@pytest.mark.parametrize("length", [CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 3 * CHUNK + 5])
+def test_logits_and_gradients(models, length):
+    ids = tokens(2, length)
+    for model in models:
+        model.zero_grad()
+    results = [logits(model, ids) for model in models]
+    assert (results[0] - results[1]).abs().max() < 1e-4
+    for result in results:
+        result.log_softmax(-1)[:, :-1].gather(2, ids[:, 1:].unsqueeze(2)).mean().backward()
+    theirs, ours = (dict(model.named_parameters()) for model in models)
+    assert all((theirs[name].grad - ours[name].grad).abs().max() < 1e-4 for name in theirs)
+    assert max(float(weight.grad.abs().max()) for weight in ours.values()) > 1e-3
+
+
+def test_decoding_token_by_token_is_the_prefill_at_every_position(models):
+    ours, ids = models[1], tokens(2, 3 * CHUNK + 5)
+    step = ours(ids[:, :3], use_cache=True)
+    steps = [step.logits]
+    for position in range(3, ids.shape[1]):
+        step = ours(ids[:, position : position + 1], past_key_values=step.past_key_values, use_cache=True)
+        steps.append(step.logits)
+    assert (torch.cat(steps, 1) - logits(ours, ids)).abs().max() < 1e-4
+
+
+def test_packed_and_padded_equal_separate(models):
+    ours, documents = models[1], [tokens(1, 19), tokens(1, 3 * CHUNK)]
+    alone = [logits(ours, ids)[0] for ids in documents]
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in documents]).unsqueeze(0)
+    packed = logits(ours, torch.cat(documents, 1), position_ids=positions)[0]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-4
+    for left in (False, True):
+        ids, mask = torch.zeros(2, 3 * CHUNK, dtype=torch.long), torch.zeros(2, 3 * CHUNK, dtype=torch.long)
+        places = [slice(-d.shape[1], None) if left else slice(0, d.shape[1]) for d in documents]
+        for row, (document, place) in enumerate(zip(documents, places, strict=True)):
+            ids[row, place], mask[row, place] = document[0], 1
+        padded = logits(ours, ids, attention_mask=mask)
+        for row, place in enumerate(places):
+            assert (padded[row, place] - alone[row]).abs().max() < 1e-4
+
+
+def test_the_same_prompt_twice_in_a_batch_gives_the_same(models):
+    """Up to rounding: where a row lies among its expert's rows decides how its sums are cut."""
+    ids = tokens(1, CHUNK + 3).expand(2, -1)
+    first, second = logits(models[1], ids)
+    assert (first - second).abs().max() < 1e-5
+
+
+def test_generate_is_transformers_greedy_over_a_chunk_boundary_and_takes_left_padding(models):
+    prompt = tokens(1, CHUNK - 4)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    theirs, ours = (model.generate(prompt, **settings) for model in models)
+    assert torch.equal(theirs, ours)
+    ids = torch.zeros(2, CHUNK, dtype=torch.long)
+    ids[0, 4:], ids[1] = prompt[0], tokens(1, CHUNK)[0]
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    assert torch.equal(models[1].generate(ids, attention_mask=mask, **settings)[0, CHUNK:], ours[0, CHUNK - 4 :])
+
+
+def test_activation_checkpointing_changes_neither_loss_nor_gradients_nor_routes(models):
+    ours, ids = models[1], tokens(2, 2 * CHUNK)
+    ours.train()
+    seen = []
+    for switch in (ours.gradient_checkpointing_disable, ours.gradient_checkpointing_enable):
+        switch()
+        ours.zero_grad()
+        out = ours(ids, labels=ids)
+        out.loss.backward()
+        gradients = {name: weight.grad.clone() for name, weight in ours.named_parameters()}
+        seen.append((out.loss, gradients, [route.expert_T for route in out.routes]))
+    ours.gradient_checkpointing_disable()
+    ours.eval()
+    (loss, gradients, routes), (again, gradients_again, routes_again) = seen
+    assert torch.equal(loss, again)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+    assert all(torch.equal(one, two) for one, two in zip(routes, routes_again, strict=True))
+
+
+def test_loss_is_transformers_loss_and_builds_no_logits_while_training(models):
+    theirs, ours = models
+    ids = tokens(2, CHUNK)
+    labels = ids.masked_fill(torch.arange(CHUNK) < 5, -100)
+    assert torch.allclose(theirs(ids, labels=labels).loss, ours(ids, labels=labels).loss, atol=1e-5)
+    ours.train()
+    assert ours(ids, labels=labels).logits is None
+    ours.eval()
+
+
+# --- what parity must notice --------------------------------------------------------------------------------------
+
+
+def _output_scaling(patch, ours):
+    plain = Experts.forward
+    patch.setattr(Experts, "forward", lambda s, x, e, gate: plain(s, x, e, torch.ones_like(gate)) * gate.unsqueeze(1))
+
+
+def _w1_for_w3(patch, ours):
+    for block in (layer.feed_forward for layer in ours.model.layers if hasattr(layer.feed_forward, "experts")):
+        block.experts.gate_up_proj.data = torch.cat(block.experts.gate_up_proj.chunk(2, -1)[::-1], -1)
+
+
+def _transposed_expert(patch, ours):
+    for block in (layer.feed_forward for layer in ours.model.layers if hasattr(layer.feed_forward, "experts")):
+        block.experts.down_proj.data = block.experts.down_proj.transpose(1, 2).contiguous()
+
+
+def _no_temperature(patch, ours):
+    patch.setattr(transformer, "temperature", lambda position_T, growth, floor: torch.ones(len(position_T), 1, 1))
+
+
+@pytest.mark.parametrize("mistake", [_output_scaling, _w1_for_w3, _transposed_expert, _no_temperature])
+@pytest.mark.parametrize("kind", ["scout", "maverick"])
+def test_a_planted_mistake_breaks_parity(monkeypatch, kind, mistake):
+    theirs, ours = pair(kind)
+    mistake(monkeypatch, ours)
+    ids = tokens(2, 2 * CHUNK)
+    assert (logits(theirs, ids) - logits(ours, ids)).abs().max() > 1e-2
+
+
+def test_norm_over_all_heads_at_once_breaks_parity(monkeypatch):
+    theirs, ours = pair("scout")
+    monkeypatch.setattr(
+        transformer, "unit_heads", lambda x, eps: x * (x.square().mean((-1, -2), keepdim=True) + eps).rsqrt()
+    )
+    ids = tokens(2, 2 * CHUNK)
+    assert (logits(theirs, ids) - logits(ours, ids)).abs().max() > 1e-2
