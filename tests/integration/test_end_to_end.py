@@ -90,8 +90,10 @@ def test_no_token_was_trained_on_beyond_the_staleness_bound(finished):
 
 def test_engine_and_learner_agree_at_the_same_version(finished):
     steps = [json.loads(line) for line in (finished[0] / "climb" / "steps.jsonl").read_text().splitlines()]
-    measured = [step["mismatch_max"] for step in steps if "mismatch_max" in step]
-    assert measured and max(measured) < 1e-3  # fp32 on both sides; a wrong weight would be off by far more
+    measured = [step["mismatch_k3"] for step in steps if "mismatch_k3" in step]
+    # fp32 on both sides: 1e-9, or 1e-7 where one token's router, between two experts alike, falls the other way.
+    # Weights that were not synced, or packed wrongly, are off by 0.1 and more (docs/log.md).
+    assert measured and max(measured) < 1e-4
 
 
 def test_the_same_command_again_does_no_work(finished):
