@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from model.kernels.grouped_gemm import grouped_mm
+from model.kernels.routed_rows import gated, inverse, permuted, swiglu
 from model.precision import Fp8Settings
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ class Experts(nn.Module):
     def forward(self, x_TD: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor) -> torch.Tensor:
         """[T, D] in the order of the tokens. `expert_T` int64, `gate_T` the router's sigmoid."""
         order_R = expert_T.argsort(stable=True)  # stable: equal experts keep the tokens' order, every time
+        inverse_T = inverse(order_R)
         ends_E = torch.bincount(expert_T, minlength=len(self.down_proj)).cumsum(0).to(torch.int32)
         # Llama 4 scales the expert's input, not its output: SwiGLU is not linear, so the two differ.
-        rows_RD = x_TD[order_R] * gate_T[order_R].unsqueeze(1).to(x_TD.dtype)
+        rows_RD = gated(x_TD, gate_T, order_R, inverse_T)
         hidden_R2F = self._product(rows_RD, self.gate_up_proj, ends_E, "gate_up")
-        gate_RF, up_RF = hidden_R2F.chunk(2, dim=-1)
-        out_RD = self._product(F.silu(gate_RF) * up_RF, self.down_proj, ends_E, "down")
-        return out_RD[order_R.argsort()]
+        out_RD = self._product(swiglu(hidden_R2F), self.down_proj, ends_E, "down")
+        return permuted(out_RD, inverse_T, order_R)
 
     def _product(self, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor, name: str) -> torch.Tensor:
         if self.precision is None:

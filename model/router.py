@@ -50,7 +50,7 @@ class Router(nn.Module):
             logits_TE = x_TD.float() @ self.weight.float().T
         own_T = logits_TE.argmax(dim=-1)  # the first of equals, every time
         expert_T, num_missing = (own_T, 0) if replay_T is None else self._replayed(own_T, replay_T)
-        gate_T = logits_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1).sigmoid()
+        gate_T = rowwise_sigmoid(logits_TE.gather(1, expert_T.unsqueeze(1)).squeeze(1))
         return Route(logits_TE, expert_T, gate_T, own_T, replay_T is not None, num_missing)
 
     def _replayed(self, own_T: torch.Tensor, replay_T: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -63,6 +63,12 @@ class Router(nn.Module):
             )
         missing = replay_T == NOT_RECORDED
         return torch.where(missing, own_T, replay_T), int(missing.sum())
+
+
+def rowwise_sigmoid(x_T: torch.Tensor) -> torch.Tensor:
+    """Sigmoid as a softmax against 0. On a CPU the last few elements of a plain one are rounded differently from the
+    others, and a token's gate would depend on its place in the batch."""
+    return torch.stack([x_T, torch.zeros_like(x_T)], dim=-1).softmax(dim=-1)[:, 0]
 
 
 def normalised_gates(logits_TE: torch.Tensor) -> torch.Tensor:

@@ -5,11 +5,11 @@
 
     forward  out[r] = x[r] · w[e]        dgrad  dx[r] = dy[r] · w[e]ᵀ        wgrad  dw[e] = x_eᵀ · dy_e
 
-`torch.nn.functional.grouped_mm` does all three on a CPU and, with compute capability 9.0, on CUDA (not measured on a
-GPU). On a CPU core it is as fast as a loop of `torch.mm` into slices of one output, and as one function that fuses
-the whole SwiGLU (docs/log.md).
+On a CPU each is a loop of `torch.mm` into slices of one output: `torch.nn.functional.grouped_mm` does the same, but
+allocates every expert's part and copies it, which costs most where experts are many (docs/log.md). On CUDA it is that
+function, from compute capability 9.0 on (not measured on a GPU).
 
-Axes: R rows sorted by expert, E experts, K contracted width, N output width.
+Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width.
 """
 
 from __future__ import annotations
@@ -56,13 +56,50 @@ class _GroupedMm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x_RK, w_EKN, ends_E)
-        return F.grouped_mm(x_RK, w_EKN, offs=ends_E)
+        return _forward(x_RK, w_EKN, ends_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_RK, w_EKN, ends_E = ctx.saved_tensors
-        dy_RN = dy_RN.contiguous()  # a sum's gradient has strides of zero, which the kernel refuses
-        dx_RK = F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E) if ctx.needs_input_grad[0] else None
-        dw_EKN = F.grouped_mm(x_RK.T, dy_RN, offs=ends_E) if ctx.needs_input_grad[1] else None
+        dy_RN = dy_RN.contiguous()  # a sum's gradient has strides of zero, which the kernels refuse or are slow at
+        dx_RK = _dgrad(dy_RN, w_EKN, ends_E) if ctx.needs_input_grad[0] else None
+        dw_EKN = _wgrad(x_RK, dy_RN, ends_E) if ctx.needs_input_grad[1] else None
         return dx_RK, dw_EKN, None
+
+
+def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    if x_RK.device.type != "cpu":
+        return F.grouped_mm(x_RK, w_EKN, offs=ends_E)
+    sizes = _sizes(ends_E)
+    out_RN = x_RK.new_empty(len(x_RK), w_EKN.shape[2])
+    for x_MK, w_KN, out_MN in zip(x_RK.split(sizes), w_EKN, out_RN.split(sizes)):
+        torch.mm(x_MK, w_KN, out=out_MN)
+    return out_RN
+
+
+def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    if dy_RN.device.type != "cpu":
+        return F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E)
+    sizes = _sizes(ends_E)
+    dx_RK = dy_RN.new_empty(len(dy_RN), w_EKN.shape[1])
+    for dy_MN, w_KN, dx_MK in zip(dy_RN.split(sizes), w_EKN, dx_RK.split(sizes)):
+        torch.mm(dy_MN, w_KN.T, out=dx_MK)
+    return dx_RK
+
+
+def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    if x_RK.device.type != "cpu":
+        return F.grouped_mm(x_RK.T, dy_RN, offs=ends_E)
+    sizes = _sizes(ends_E)
+    dw_EKN = x_RK.new_empty(len(sizes), x_RK.shape[1], dy_RN.shape[1])
+    # oneDNN (16 bits) reads a transposed matrix slowly: where it is the smaller one, a copy pays.
+    straighten = x_RK.dtype != torch.float32 and x_RK.shape[1] < dy_RN.shape[1]
+    for x_MK, dy_MN, dw_KN in zip(x_RK.split(sizes), dy_RN.split(sizes), dw_EKN):
+        torch.mm(x_MK.T.contiguous() if straighten else x_MK.T, dy_MN, out=dw_KN)  # zeros where there is no row
+    return dw_EKN
+
+
+def _sizes(ends_E: torch.Tensor) -> list[int]:
+    """Rows of each expert."""
+    return ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()

@@ -60,6 +60,15 @@ def test_the_largest_logit_wins_the_first_of_equals_and_its_sigmoid_is_the_gate(
     assert not route.replayed
 
 
+def test_a_gate_does_not_depend_on_a_tokens_place_in_the_batch():
+    row = torch.tensor([[-1.3, 0.7311, 0.2]])
+    for tokens in range(1, 70):
+        gates = identity_router(3)(row.expand(tokens, 3)).gate_T
+        assert (gates == gates[0]).all(), f"{tokens} tokens"
+    plain = torch.full((69,), 0.7311).sigmoid()
+    torch.testing.assert_close(gates, plain)
+
+
 def test_routing_is_fp32_under_autocast():
     """1 and 1 + 2⁻¹⁰ are one number in bfloat16: the second expert would lose its token to the first."""
     x = torch.tensor([[1.0, 1.0 + 2**-10]])
