@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from model.packing import Layout
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -37,20 +39,28 @@ def token_logprobs(
     temperature: float = 1.0,
     attention_mask_BS: torch.Tensor | None = None,
     replay_BSM: torch.Tensor | None = None,
+    position_BS: torch.Tensor | None = None,
 ) -> tuple[TokenStatistics, tuple[Route, ...]]:
     """Of the tokens where `wanted_BS` is True, row by row, at `temperature`; and where the forward pass sent the real
     tokens, one `Route` per MoE layer (none for a model that does not say).
 
     Without a mask `ids_BS` is padded on the right (causal attention never looks there). `wanted_BS` [B, S] bool must
-    not mark a row's first token, which nothing predicts. `replay_BSM` holds expert ids, see `model/router.py`."""
-    if bool(wanted_BS[:, 0].any()):
+    not mark a document's first token, which nothing predicts. `replay_BSM` holds expert ids, see `model/router.py`.
+    `position_BS` may hold several documents, and branches of them, as `model/packing.py` explains; only our own
+    definition of the model understands branches."""
+    layout = Layout.of(tuple(ids_BS.shape), attention_mask_BS, position_BS, ids_BS.device)
+    wanted_t = layout.flatten(wanted_BS).nonzero().squeeze(1)
+    before_t = layout.predecessor_T[wanted_t]
+    if bool((before_t < 0).any()):
         raise ValueError("wanted_BS marks a first token; nothing predicts it")
-    decoder = model.get_submodule(model.base_model_prefix)
-    replay = {} if replay_BSM is None else {"replay": replay_BSM}
-    outputs = decoder(input_ids=ids_BS, attention_mask=attention_mask_BS, use_cache=False, **replay)
-    hidden_TD = outputs.last_hidden_state[:, :-1][wanted_BS[:, 1:]]
+    optional = {"replay": replay_BSM, "position_ids": position_BS}
+    outputs = model.get_submodule(model.base_model_prefix)(
+        input_ids=ids_BS, attention_mask=attention_mask_BS, use_cache=False,
+        **{name: value for name, value in optional.items() if value is not None},
+    )  # fmt: skip
+    hidden_tD = layout.flatten(outputs.last_hidden_state)[before_t]
     head_VD = model.get_output_embeddings().weight
-    stats = token_statistics(hidden_TD, ids_BS[:, 1:][wanted_BS[:, 1:]], head_VD, temperature)
+    stats = token_statistics(hidden_tD, layout.flatten(ids_BS)[wanted_t], head_VD, temperature)
     return stats, getattr(outputs, "routes", None) or ()
 
 

@@ -3,22 +3,31 @@
     input_ids [B, S]            one document a row, padded:      a a a · ·        T = 7 real tokens
     attention_mask [B, S]                                        b b b b ·   →    a a a b b b b
     or position_ids [B, S]      several documents a row:         a a a b b b b    positions 0 1 2 0 1 2 3
+                                one prompt, many answers:        p p x x y y y    positions 0 1 2 3 2 3 4
+
+A document begins where positions begin at 0. Where they fall back to n > 0, a *branch* begins: other tokens after the
+first n of the same document, which see those and themselves. So the answers to one prompt share its computation, and
+its gradient is the sum of theirs, as if each had brought a prompt of its own.
 
 Everything but attention works on single tokens, so T tokens is all the work there is. Attention works on *segments*:
 whole documents in full attention, documents cut at every multiple of the chunk size in chunked attention. Segments of
 like length are padded to one rectangle [segments, longest] and handed to PyTorch's fused causal kernel, which needs no
-mask: what is padded lies behind every real query.
+mask: what is padded lies behind every real query. Those of a branch look at tokens of their prompt before their own:
+
+    keys   ·  p  p │ x  x  ·         a column of holes before a short prompt, masked; the prompt ends where the own
+    query            x₀ x₁ ·         tokens begin, so that what is right of the line is causal as ever
 
 Generation with a key/value cache keeps the rectangle [B, S] and builds an explicit mask instead: see `CachedAttention`.
 
-Axes: B rows, S sequence, T real tokens, N segments, L longest segment, H query heads, K key/value heads, d head size.
+Axes: B rows, S sequence, T real tokens, N segments, L longest segment, P longest prompt part, H query heads, K key/value heads, d head size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -83,14 +92,49 @@ class Layout:
         return flat.index_copy(0, self.real_T, x_Tx).view(*self.shape, *x_Tx.shape[1:])
 
     @cached_property
-    def document_lengths(self) -> list[int]:
-        """Tokens in each document, in order. One begins at position 0; that a row ends says nothing."""
-        starts = (self.position_T == 0).nonzero().squeeze(1).tolist()
-        if not len(self.position_T):
+    def runs(self) -> list[Run]:
+        """The batch as documents and branches, in order. That a row of the batch ends says nothing."""
+        position_T = self.position_T
+        if not len(position_T):
             return []
-        if not starts or starts[0] != 0:
-            raise ValueError(f"the first token is at position {int(self.position_T[0])}, not 0")
-        return [end - start for start, end in zip(starts, [*starts[1:], len(self.position_T)], strict=True)]
+        starts = (position_T.diff() != 1).nonzero().squeeze(1).add(1).tolist()
+        bounds = [0, *starts, len(position_T)]
+        runs: list[Run] = []
+        for first, end, position in zip(bounds, bounds[1:], position_T[bounds[:-1]].tolist()):
+            trunk = runs[-1].trunk if runs and position else (first, end - first)
+            if position > trunk[1] or (position and not runs):
+                raise ValueError(
+                    f"token {first} of the batch is at position {position}; expected 0, where a document begins, or at "
+                    f"most {trunk[1] if runs else 0}, where the one before it can branch"
+                )
+            runs.append(Run(first, end - first, position, trunk))
+        return runs
+
+    @cached_property
+    def predecessor_T(self) -> torch.Tensor:
+        """The token that each one follows in its document, as an index in T; -1 for a document's first."""
+        before_T = torch.arange(-1, len(self.position_T) - 1, device=self.position_T.device)
+        for run in self.runs:
+            before_T[run.first] = run.trunk[0] + run.position - 1 if run.position else -1
+        return before_T
+
+
+class Run(NamedTuple):
+    """Neighbouring tokens of the batch with neighbouring positions: a document, or a branch of one."""
+
+    first: int  # index in T
+    size: int
+    position: int  # of the first token; 0 for a document
+    trunk: tuple[int, int]  # first token and size of the document; of itself for a document
+
+
+class Segment(NamedTuple):
+    """Tokens that look at one another, causally, and at `prompt` tokens of the document they branch off."""
+
+    first: int
+    size: int
+    prompt_first: int = 0
+    prompt_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -100,19 +144,41 @@ class SegmentGroup:
     shape: tuple[int, int]  # N, L
     tokens_t: torch.Tensor | None  # None: every token of the batch, in order, and the rectangle has no hole
     places_t: torch.Tensor | None
+    prompts: Prompts | None = None
 
-    def pad(self, x_THd: torch.Tensor) -> torch.Tensor:
+    def __call__(self, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor) -> torch.Tensor:
+        """Attention within the segments; [t, H, d], the group's own tokens in order."""
+        q, k, v = (self._pad(x_THd) for x_THd in (q_THd, k_TKd, v_TKd))
+        if self.prompts is None:
+            return self._unpad(_attention(q, k, v, is_causal=True))
+        k, v = (self.prompts.before(x_TKd, own) for x_TKd, own in ((k_TKd, k), (v_TKd, v)))
+        return self._unpad(_attention(q, k, v, attn_mask=self.prompts.mask_N1LX.to(q.dtype)))
+
+    def _pad(self, x_THd: torch.Tensor) -> torch.Tensor:
         """[T, H, d] → [N, H, L, d]"""
         if self.tokens_t is None or self.places_t is None:
             return x_THd.view(*self.shape, *x_THd.shape[1:]).transpose(1, 2)
-        own = x_THd if len(self.tokens_t) == len(x_THd) else x_THd[self.tokens_t]
+        own = x_THd if len(self.tokens_t) == len(x_THd) else x_THd.index_select(0, self.tokens_t)
         rectangle = x_THd.new_zeros(self.shape[0] * self.shape[1], *x_THd.shape[1:])
         return rectangle.index_copy(0, self.places_t, own).view(*self.shape, *x_THd.shape[1:]).transpose(1, 2)
 
-    def unpad(self, x_NHLd: torch.Tensor) -> torch.Tensor:
+    def _unpad(self, x_NHLd: torch.Tensor) -> torch.Tensor:
         """[N, H, L, d] → [t, H, d], the group's own tokens in order."""
         flat = x_NHLd.transpose(1, 2).reshape(-1, x_NHLd.shape[1], x_NHLd.shape[3])
-        return flat if self.places_t is None else flat[self.places_t]
+        return flat if self.places_t is None else flat.index_select(0, self.places_t)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What the segments of a group see before their own tokens."""
+
+    tokens_NP: torch.Tensor  # index in T, right-aligned; holes hold token 0, which the mask hides
+    mask_N1LX: torch.Tensor  # added to the scores of P + L keys: 0 or -inf
+
+    def before(self, x_TKd: torch.Tensor, own_NKLd: torch.Tensor) -> torch.Tensor:
+        """[N, K, P + L, d]"""
+        flat = x_TKd.index_select(0, self.tokens_NP.reshape(-1))
+        return torch.cat([flat.view(*self.tokens_NP.shape, *x_TKd.shape[1:]).transpose(1, 2), own_NKLd], dim=2)
 
 
 class PackedAttention:
@@ -120,48 +186,70 @@ class PackedAttention:
 
     def __init__(self, layout: Layout) -> None:
         self.position_T = layout.position_T
-        self.lengths = layout.document_lengths
+        self.runs = layout.runs
+        self.longest = max((run.position + run.size for run in self.runs), default=0)
         self.groups: dict[int | None, list[SegmentGroup]] = {}
 
     def __call__(
         self, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, *, layer: int, chunk: int | None
     ) -> torch.Tensor:
-        if chunk is not None and max(self.lengths, default=0) <= chunk:
+        if chunk is not None and self.longest <= chunk:
             chunk = None  # no document reaches a second chunk
         if chunk not in self.groups:
             self.groups[chunk] = self._grouped(chunk)
         groups = self.groups[chunk]
-        outputs = [group.unpad(_causal(group.pad(q_THd), group.pad(k_TKd), group.pad(v_TKd))) for group in groups]
-        if len(groups) == 1:
+        outputs = [group(q_THd, k_TKd, v_TKd) for group in groups]
+        if len(groups) == 1 and groups[0].tokens_t is None:
             return outputs[0]
-        out_THd = torch.empty_like(q_THd)
-        for group, output in zip(groups, outputs, strict=True):
-            assert group.tokens_t is not None
-            out_THd = out_THd.index_copy(0, group.tokens_t, output)
-        return out_THd
+        return torch.empty_like(q_THd).index_copy(
+            0, torch.cat([group.tokens_t for group in groups if group.tokens_t is not None]), torch.cat(outputs)
+        )
 
     def _grouped(self, chunk: int | None) -> list[SegmentGroup]:
-        """Segments whose lengths share a power of two go together: the rectangle is then less than half holes."""
-        segments: dict[int, list[tuple[int, int]]] = {}  # bracket → [(first token, length)]
-        start = 0
-        for length in self.lengths:
-            for offset in range(0, length, chunk or max(length, 1)):
-                size = min(chunk or length, length - offset)
-                segments.setdefault((size - 1).bit_length(), []).append((start + offset, size))
-            start += length
-        return [self._group(members, start) for members in segments.values()]
+        """Segments whose lengths, and those of their prompts, share a power of two go together: a rectangle is then
+        less than half holes."""
+        brackets: dict[tuple[int, int], list[Segment]] = {}
+        for run in self.runs:
+            for segment in segments(run, chunk):
+                bracket = (segment.size - 1).bit_length(), segment.prompt_size.bit_length()
+                brackets.setdefault(bracket, []).append(segment)
+        return [self._group(members) for members in brackets.values()]
 
-    def _group(self, members: list[tuple[int, int]], num_tokens: int) -> SegmentGroup:
-        longest = max(size for _, size in members)
+    def _group(self, members: list[Segment]) -> SegmentGroup:
+        longest, device = max(segment.size for segment in members), self.position_T.device
         shape = (len(members), longest)
-        if sum(size for _, size in members) == num_tokens == len(members) * longest:
-            return SegmentGroup(shape, None, None)
-        device = self.position_T.device
-        sizes = torch.tensor([size for _, size in members], device=device)
-        offset_NL = torch.arange(longest, device=device).expand(shape)
-        real_NL = offset_NL < sizes.unsqueeze(1)
-        first_N1 = torch.tensor([first for first, _ in members], device=device).unsqueeze(1)
-        return SegmentGroup(shape, (first_N1 + offset_NL)[real_NL], real_NL.view(-1).nonzero().squeeze(1))
+        if sum(segment.size for segment in members) == len(self.position_T) == len(members) * longest:
+            return SegmentGroup(shape, None, None)  # equal documents only: a branch's prompt would be a member
+        first_N1, size_N1, prompt_first_N1, prompt_size_N1 = torch.tensor(members, device=device).unsqueeze(2).unbind(1)
+        offset_L = torch.arange(longest, device=device)
+        real_NL = offset_L < size_N1
+        tokens_t, places_t = (first_N1 + offset_L)[real_NL], real_NL.view(-1).nonzero().squeeze(1)
+        most = int(prompt_size_N1.max())
+        if not most:
+            return SegmentGroup(shape, tokens_t, places_t)
+        offset_NP = torch.arange(most, device=device) - (most - prompt_size_N1)
+        seen_NP = offset_NP >= 0
+        causal_LL = offset_L <= offset_L.unsqueeze(1)
+        allowed_NLX = torch.cat(
+            [seen_NP.unsqueeze(1).expand(-1, longest, -1), causal_LL.expand(len(members), -1, -1)], dim=2
+        )
+        mask_NLX = torch.zeros(allowed_NLX.shape, device=device).masked_fill_(~allowed_NLX, -torch.inf)
+        prompts = Prompts((prompt_first_N1 + offset_NP) * seen_NP, mask_NLX.unsqueeze(1))
+        return SegmentGroup(shape, tokens_t, places_t, prompts)
+
+
+def segments(run: Run, chunk: int | None) -> Iterator[Segment]:
+    """The parts of a run that may look at one another: all of it, or cut at every multiple of `chunk` positions."""
+    start, end = run.position, run.position + run.size
+    width = chunk or end
+    for low in range(start // width * width, end, width):
+        first, high = max(low, start), min(low + width, end)
+        yield Segment(
+            first=run.first + first - start,
+            size=high - first,
+            prompt_first=run.trunk[0] + low if low < start else 0,
+            prompt_size=max(start - low, 0),
+        )
 
 
 class CachedAttention:
@@ -210,9 +298,9 @@ class CachedAttention:
         return allowed | (columns == columns[-self.shape[1] :].unsqueeze(1))
 
 
-def _causal(q_NHLd: torch.Tensor, k_NKLd: torch.Tensor, v_NKLd: torch.Tensor) -> torch.Tensor:
-    k, v = (_repeat_heads(x, q_NHLd.shape[1]) for x in (k_NKLd, v_NKLd))
-    return F.scaled_dot_product_attention(q_NHLd, k, v, is_causal=True)
+def _attention(q_NHLd: torch.Tensor, k_NKXd: torch.Tensor, v_NKXd: torch.Tensor, **how: Any) -> torch.Tensor:
+    k, v = (_repeat_heads(x, q_NHLd.shape[1]) for x in (k_NKXd, v_NKXd))
+    return F.scaled_dot_product_attention(q_NHLd, k, v, **how)
 
 
 def _repeat_heads(x_NKLd: torch.Tensor, num_heads: int) -> torch.Tensor:
