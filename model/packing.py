@@ -19,7 +19,8 @@ mask: what is padded lies behind every real query. Those of a branch look at tok
 
 Generation with a key/value cache keeps the rectangle [B, S] and builds an explicit mask instead: see `CachedAttention`.
 
-Axes: B rows, S sequence, T real tokens, N segments, L longest segment, P longest prompt part, H query heads, K key/value heads, d head size.
+Axes: B rows, S sequence, T real tokens, N segments, L longest segment, P longest prompt part, X keys of a segment,
+H query heads, K key/value heads, d head size.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -139,46 +140,33 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class SegmentGroup:
-    """Segments of like length. Token `tokens_t[i]` of the batch lies at `places_t[i]` of the rectangle [N·L]."""
+    """Segments of like length, as rectangles of queries [N, L] and of the keys they look at, X = L or P + L of them.
+
+    Each place of a rectangle holds a token of the batch; a hole holds token 0, which is masked as a key and dropped as
+    a query. `None`: the tokens of the batch are the rectangle, in order.
+    """
 
     shape: tuple[int, int]  # N, L
-    tokens_t: torch.Tensor | None  # None: every token of the batch, in order, and the rectangle has no hole
-    places_t: torch.Tensor | None
-    prompts: Prompts | None = None
+    query_NL: torch.Tensor | None
+    key_NX: torch.Tensor | None
+    own_t: torch.Tensor | None  # places in N·L that are no holes …
+    tokens_t: torch.Tensor | None  # … and the tokens there
+    mask_N1LX: torch.Tensor | None  # added to the scores, 0 or -inf; None: causal
 
     def __call__(self, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor) -> torch.Tensor:
         """Attention within the segments; [t, H, d], the group's own tokens in order."""
-        q, k, v = (self._pad(x_THd) for x_THd in (q_THd, k_TKd, v_TKd))
-        if self.prompts is None:
-            return self._unpad(_attention(q, k, v, is_causal=True))
-        k, v = (self.prompts.before(x_TKd, own) for x_TKd, own in ((k_TKd, k), (v_TKd, v)))
-        return self._unpad(_attention(q, k, v, attn_mask=self.prompts.mask_N1LX.to(q.dtype)))
+        q = self._rectangle(q_THd, self.query_NL)
+        k, v = (self._rectangle(x_TKd, self.key_NX) for x_TKd in (k_TKd, v_TKd))
+        mask = None if self.mask_N1LX is None else self.mask_N1LX.to(q.dtype)
+        out_NHLd = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+        flat = out_NHLd.transpose(1, 2).reshape(-1, *q_THd.shape[1:])
+        return flat if self.own_t is None else flat.index_select(0, self.own_t)
 
-    def _pad(self, x_THd: torch.Tensor) -> torch.Tensor:
-        """[T, H, d] → [N, H, L, d]"""
-        if self.tokens_t is None or self.places_t is None:
-            return x_THd.view(*self.shape, *x_THd.shape[1:]).transpose(1, 2)
-        own = x_THd if len(self.tokens_t) == len(x_THd) else x_THd.index_select(0, self.tokens_t)
-        rectangle = x_THd.new_zeros(self.shape[0] * self.shape[1], *x_THd.shape[1:])
-        return rectangle.index_copy(0, self.places_t, own).view(*self.shape, *x_THd.shape[1:]).transpose(1, 2)
-
-    def _unpad(self, x_NHLd: torch.Tensor) -> torch.Tensor:
-        """[N, H, L, d] → [t, H, d], the group's own tokens in order."""
-        flat = x_NHLd.transpose(1, 2).reshape(-1, x_NHLd.shape[1], x_NHLd.shape[3])
-        return flat if self.places_t is None else flat.index_select(0, self.places_t)
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What the segments of a group see before their own tokens."""
-
-    tokens_NP: torch.Tensor  # index in T, right-aligned; holes hold token 0, which the mask hides
-    mask_N1LX: torch.Tensor  # added to the scores of P + L keys: 0 or -inf
-
-    def before(self, x_TKd: torch.Tensor, own_NKLd: torch.Tensor) -> torch.Tensor:
-        """[N, K, P + L, d]"""
-        flat = x_TKd.index_select(0, self.tokens_NP.reshape(-1))
-        return torch.cat([flat.view(*self.tokens_NP.shape, *x_TKd.shape[1:]).transpose(1, 2), own_NKLd], dim=2)
+    def _rectangle(self, x_THd: torch.Tensor, token_NX: torch.Tensor | None) -> torch.Tensor:
+        """[T, H, d] → [N, H, X, d]"""
+        shape = self.shape if token_NX is None else token_NX.shape
+        own = x_THd if token_NX is None else x_THd.index_select(0, token_NX.reshape(-1))
+        return own.view(*shape, *x_THd.shape[1:]).transpose(1, 2)
 
 
 class PackedAttention:
@@ -219,23 +207,23 @@ class PackedAttention:
         longest, device = max(segment.size for segment in members), self.position_T.device
         shape = (len(members), longest)
         if sum(segment.size for segment in members) == len(self.position_T) == len(members) * longest:
-            return SegmentGroup(shape, None, None)  # equal documents only: a branch's prompt would be a member
+            return SegmentGroup(shape, None, None, None, None, None)  # equal documents: a branch's own is never alone
         first_N1, size_N1, prompt_first_N1, prompt_size_N1 = torch.tensor(members, device=device).unsqueeze(2).unbind(1)
         offset_L = torch.arange(longest, device=device)
         real_NL = offset_L < size_N1
-        tokens_t, places_t = (first_N1 + offset_L)[real_NL], real_NL.view(-1).nonzero().squeeze(1)
+        query_NL = (first_N1 + offset_L) * real_NL
+        own_t = real_NL.view(-1).nonzero().squeeze(1)
+        tokens_t = query_NL.view(-1)[own_t]
         most = int(prompt_size_N1.max())
         if not most:
-            return SegmentGroup(shape, tokens_t, places_t)
+            return SegmentGroup(shape, query_NL, query_NL, own_t, tokens_t, None)
         offset_NP = torch.arange(most, device=device) - (most - prompt_size_N1)
         seen_NP = offset_NP >= 0
-        causal_LL = offset_L <= offset_L.unsqueeze(1)
-        allowed_NLX = torch.cat(
-            [seen_NP.unsqueeze(1).expand(-1, longest, -1), causal_LL.expand(len(members), -1, -1)], dim=2
-        )
-        mask_NLX = torch.zeros(allowed_NLX.shape, device=device).masked_fill_(~allowed_NLX, -torch.inf)
-        prompts = Prompts((prompt_first_N1 + offset_NP) * seen_NP, mask_NLX.unsqueeze(1))
-        return SegmentGroup(shape, tokens_t, places_t, prompts)
+        key_NX = torch.cat([(prompt_first_N1 + offset_NP) * seen_NP, query_NL], dim=1)
+        behind_LL = offset_L <= offset_L.unsqueeze(1)
+        seen_NLX = torch.cat([seen_NP.unsqueeze(1).expand(-1, longest, -1), behind_LL.expand(*shape, -1)], dim=2)
+        mask_NLX = torch.zeros(seen_NLX.shape, device=device).masked_fill_(~seen_NLX, -torch.inf)
+        return SegmentGroup(shape, query_NL, key_NX, own_t, tokens_t, mask_NLX.unsqueeze(1))
 
 
 def segments(run: Run, chunk: int | None) -> Iterator[Segment]:
@@ -281,8 +269,7 @@ class CachedAttention:
         q, k, v = (x.view(*self.shape, *x.shape[1:]).transpose(1, 2) for x in (q_THd, k_TKd, v_TKd))
         k, v = self.cache.update(k, v, layer)
         mask_B1SP = self._mask(k.shape[2], chunk).unsqueeze(1)
-        k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SP)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_B1SP, enable_gqa=True)
         return out.transpose(1, 2).reshape(q_THd.shape)
 
     def _mask(self, num_keys: int, chunk: int | None) -> torch.Tensor:
@@ -296,14 +283,3 @@ class CachedAttention:
             allowed = allowed & (key_BP // chunk == query_BS // chunk)
         # A hole may look at itself, lest its row be empty and softmax give nan.
         return allowed | (columns == columns[-self.shape[1] :].unsqueeze(1))
-
-
-def _attention(q_NHLd: torch.Tensor, k_NKXd: torch.Tensor, v_NKXd: torch.Tensor, **how: Any) -> torch.Tensor:
-    k, v = (_repeat_heads(x, q_NHLd.shape[1]) for x in (k_NKXd, v_NKXd))
-    return F.scaled_dot_product_attention(q_NHLd, k, v, **how)
-
-
-def _repeat_heads(x_NKLd: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Each key/value head serves num_heads / K query heads."""
-    groups = num_heads // x_NKLd.shape[1]
-    return x_NKLd if groups == 1 else x_NKLd.repeat_interleave(groups, dim=1)

@@ -142,11 +142,15 @@ class RouterLoss:
 
 @torch.no_grad()
 def routes_of(
-    model: PreTrainedModel, ids_BS: torch.Tensor, real_BS: torch.Tensor, replay_BSM: torch.Tensor | None = None
+    model: PreTrainedModel,
+    ids_BS: torch.Tensor,
+    real_BS: torch.Tensor,
+    replay_BSM: torch.Tensor | None = None,
+    position_BS: torch.Tensor | None = None,
 ) -> tuple[Route, ...]:
     """Where a forward pass sends its real tokens, without gradient and without the head."""
     return model.get_submodule(model.base_model_prefix)(
-        input_ids=ids_BS, attention_mask=real_BS, replay=replay_BSM, use_cache=False
+        input_ids=ids_BS, attention_mask=real_BS, position_ids=position_BS, replay=replay_BSM, use_cache=False
     ).routes
 
 

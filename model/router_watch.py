@@ -29,6 +29,12 @@ class RoutedBatch(NamedTuple):
     ids_BS: torch.Tensor
     real_BS: torch.Tensor  # bool, or 1 and 0
     replay_BSM: torch.Tensor | None = None
+    position_BS: torch.Tensor | None = None  # a row that does not begin at 0 is a branch of one above it
+
+    def documents(self) -> list[list[int]]:
+        """Token ids of the rows that are whole."""
+        whole_B = torch.ones(len(self.ids_BS)).bool() if self.position_BS is None else self.position_BS[:, 0] == 0
+        return [ids[real.bool()].tolist() for ids, real, whole in zip(self.ids_BS, self.real_BS, whole_B) if whole]
 
 
 class RouterWatch:
@@ -57,7 +63,7 @@ class RouterWatch:
         if not self.layers:
             return
         if self.probe is None and self.watch_drift:
-            documents = [ids[real.bool()].tolist() for batch in batches for ids, real in zip(*batch[:2], strict=True)]
+            documents = [document for batch in batches for document in batch.documents()]
             with self.autocast():
                 self.probe = DriftProbe(self.model, documents)
         self.load, self.router_loss = RouterLoad(), None

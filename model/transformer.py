@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import Cache, DynamicCache, GenerationMixin, Llama4TextConfig, PreTrainedModel
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -35,6 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from model.experts import Experts
 from model.logprobs import token_statistics
 from model.moe_layer import MoeBlock, SwiGlu
+from model.norm import RmsNorm, rms_norm
 from model.packing import Attention, CachedAttention, Layout, PackedAttention
 from model.router import Route, Router, balance_loss, initial_router_weight
 
@@ -77,7 +77,7 @@ class MoeAttention(nn.Module):
 
 def unit_heads(x_THd: torch.Tensor, eps: float) -> torch.Tensor:
     """Each head's vector divided by its root mean square, in fp32."""
-    return F.rms_norm(x_THd.float(), (x_THd.shape[-1],), eps=eps).to(x_THd.dtype)
+    return rms_norm(x_THd.float(), None, eps).to(x_THd.dtype)
 
 
 def temperature(position_T: torch.Tensor, growth: float, floor: float) -> torch.Tensor:
@@ -111,9 +111,9 @@ def rope_frequencies(config: Llama4TextConfig) -> tuple[torch.Tensor, float]:
 class MoeLayer(nn.Module):
     def __init__(self, config: Llama4TextConfig, layer: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = MoeAttention(config, layer)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.feed_forward: MoeBlock | SwiGlu = (
             MoeBlock(config) if layer in config.moe_layers else SwiGlu(config.hidden_size, config.intermediate_size_mlp)
         )
@@ -181,7 +181,7 @@ class MoeTransformer(MoePreTrainedModel):
             raise ValueError(f"num_experts_per_tok is {config.num_experts_per_tok}; Llama 4 sends a token to 1 expert")
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(MoeLayer(config, layer) for layer in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self._rope: tuple[torch.Tensor, float] | None = None
         self.post_init()

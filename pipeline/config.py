@@ -224,7 +224,7 @@ class OnlineRlStage(Stage):
     warmup_steps: Annotated[int, Field(ge=0)] = 3
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
-    micro_batch_tokens: PositiveInt = Field(8192, description="padded tokens per forward pass; no effect on the result")
+    micro_batch_tokens: PositiveInt = Field(8192, description="tokens per forward pass; no effect on the result")
     dtype: Literal["bfloat16", "float32"] = Field(
         "float32",
         description="of the engines, what they are sent, and forward passes (autocast); "

@@ -1,5 +1,12 @@
 """Rows of unequal length → padded micro-batches of a bounded number of tokens. Cutting never changes the gradient.
 
+With `share_prompts` the answers to one prompt share its computation: the first brings the prompt along, the others are
+branches of it, as model/packing.py explains. Only our own definition of the model understands that.
+
+    row 0   p p p a a a ·     positions 0 1 2 3 4 5
+    row 1   b b b b · · ·               3 4 5 6
+    row 2   q q c c c c c               0 1 2 3 4 5 6
+
 Axes: B rows, S sequence, T answer tokens in row order, M MoE layers.
 """
 
@@ -23,24 +30,57 @@ class MicroBatch:
     ids_BS: torch.Tensor
     real_BS: torch.Tensor  # bool, False on padding
     answer_BS: torch.Tensor  # bool, True on answer tokens
+    position_BS: torch.Tensor  # of each token in its prompt and answer
     replay_BSM: torch.Tensor | None  # the engine's expert ids, NOT_RECORDED where it left none; None: no row has any
     generator_logprobs: torch.Tensor  # [T] fp32
     advantages: torch.Tensor  # [T] fp32
     staleness: torch.Tensor  # [T] int64: learner version minus token version
 
 
-def micro_batches(batch: TrainBatch, max_padded_tokens: int) -> list[MicroBatch]:
-    """Rows that carry signal (advantage ≠ 0), alike in length together, each micro-batch within `max_padded_tokens`
-    (a single longer row gets one of its own)."""
-    lengths = [len(p) + len(a) for p, a in zip(batch.prompt_ids, batch.answer_ids, strict=True)]
-    rows = sorted((row for row in range(len(lengths)) if batch.advantages[row] != 0.0), key=lambda row: lengths[row])
-    cuts: list[list[int]] = []
-    for row in rows:  # lengths rise, so the newest row is the longest of its micro-batch
+def micro_batches(batch: TrainBatch, max_tokens: int, share_prompts: bool = False) -> list[MicroBatch]:
+    """Rows that carry signal (advantage ≠ 0), each micro-batch within `max_tokens` (a single longer row gets one of its
+    own): padded ones, rows alike in length together, or, where prompts are shared, real ones, rows of one prompt
+    together. A prompt whose answers do not fit one micro-batch is computed in each."""
+    rows = [row for row in range(len(batch.advantages)) if batch.advantages[row] != 0.0]
+    num_layers = _recorded_layers(batch)
+    cuts = _by_prompt(batch, rows, max_tokens) if share_prompts else _by_length(batch, rows, max_tokens)
+    return [_pad(batch, cut, num_layers) for cut in cuts]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row of a micro-batch: a row of the batch, all of it or from token `start` on."""
+
+    row: int
+    start: int = 0
+
+
+def _by_length(batch: TrainBatch, rows: list[int], max_padded_tokens: int) -> list[list[_Row]]:
+    lengths = {row: len(batch.prompt_ids[row]) + len(batch.answer_ids[row]) for row in rows}
+    cuts: list[list[_Row]] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):  # the newest row is the longest of its micro-batch
         if not cuts or (len(cuts[-1]) + 1) * lengths[row] > max_padded_tokens:
             cuts.append([])
-        cuts[-1].append(row)
-    num_layers = _recorded_layers(batch)
-    return [_pad(batch, cut, max(lengths[row] for row in cut), num_layers) for cut in cuts]
+        cuts[-1].append(_Row(row))
+    return cuts
+
+
+def _by_prompt(batch: TrainBatch, rows: list[int], max_real_tokens: int) -> list[list[_Row]]:
+    together: dict[tuple[int, ...], list[int]] = {}
+    for row in rows:
+        together.setdefault(tuple(batch.prompt_ids[row]), []).append(row)
+    cuts: list[list[_Row]] = []
+    used = 0
+    for prompt, members in together.items():
+        present = False  # the prompt, in the newest micro-batch
+        for row in members:
+            size = len(batch.answer_ids[row]) + (0 if present else len(prompt))
+            if not cuts or used + size > max_real_tokens:
+                cuts.append([])
+                used, present, size = 0, False, len(prompt) + len(batch.answer_ids[row])
+            cuts[-1].append(_Row(row, start=len(prompt) if present else 0))
+            used, present = used + size, True
+    return cuts
 
 
 def _recorded_layers(batch: TrainBatch) -> int | None:
@@ -56,23 +96,25 @@ def _recorded_layers(batch: TrainBatch) -> int | None:
     return widths.pop() if widths else None
 
 
-def _pad(batch: TrainBatch, rows: list[int], longest: int, num_layers: int | None) -> MicroBatch:
-    ids = torch.zeros((len(rows), longest), dtype=torch.long)
+def _pad(batch: TrainBatch, cut: list[_Row], num_layers: int | None) -> MicroBatch:
+    rows = [part.row for part in cut]
+    lengths = [len(batch.prompt_ids[part.row]) + len(batch.answer_ids[part.row]) - part.start for part in cut]
+    ids = torch.zeros((len(cut), max(lengths)), dtype=torch.long)
     real, answer = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
     replay = None if num_layers is None else torch.full((*ids.shape, num_layers), NOT_RECORDED)
-    for i, row in enumerate(rows):
-        prompt, tokens = batch.prompt_ids[row], batch.answer_ids[row]
-        length = len(prompt) + len(tokens)
-        ids[i, :length] = torch.tensor(prompt + tokens)
+    for i, (part, length) in enumerate(zip(cut, lengths)):
+        prompt, tokens = batch.prompt_ids[part.row], batch.answer_ids[part.row]
+        ids[i, :length] = torch.tensor((prompt + tokens)[part.start :])
         real[i, :length] = True
-        answer[i, len(prompt) : length] = True
-        routes = batch.routes[row] if batch.routes is not None else None
-        if replay is not None and routes is not None and len(routes):
-            replay[i, : len(routes)] = torch.as_tensor(routes)
+        answer[i, len(prompt) - part.start : length] = True
+        routes = None if batch.routes is None else batch.routes[part.row]
+        if replay is not None and routes is not None and len(routes) > part.start:
+            replay[i, : len(routes) - part.start] = torch.as_tensor(routes[part.start :])
     return MicroBatch(
         ids_BS=ids,
         real_BS=real,
         answer_BS=answer,
+        position_BS=torch.tensor([part.start for part in cut]).unsqueeze(1) + torch.arange(ids.shape[1]),
         replay_BSM=replay,
         generator_logprobs=torch.tensor([value for row in rows for value in batch.generator_logprobs[row]]),
         advantages=torch.tensor([batch.advantages[row] for row in rows for _ in batch.answer_ids[row]]),

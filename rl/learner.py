@@ -154,11 +154,11 @@ class PolicyLearner:
         from rl.batcher import micro_batches
 
         settings = self.settings
-        cuts = micro_batches(batch, settings.micro_batch_tokens)
+        cuts = micro_batches(batch, settings.micro_batch_tokens, share_prompts=self._shares_prompts())
         denominator = float(sum(len(cut.advantages) for cut in cuts))
         if denominator == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
-        routed = [RoutedBatch(cut.ids_BS, cut.real_BS, cut.replay_BSM) for cut in cuts]
+        routed = [RoutedBatch(cut.ids_BS, cut.real_BS, cut.replay_BSM, cut.position_BS) for cut in cuts]
         own = slice(settings.rank, None, settings.world_size)
         self.routers.begin_step(routed, routed[own])
         gauges = Gauges()
@@ -174,6 +174,14 @@ class PolicyLearner:
         self.optimizer.zero_grad(set_to_none=True)
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
         return gauges.metrics() | rates | self.routers.end_step(), int(denominator)
+
+    def _shares_prompts(self) -> bool:
+        """Only our own model can. The routers' losses count tokens, and how often a prompt's are computed would then
+        depend on how the batch is cut."""
+        from model.transformer import MoeForCausalLM
+
+        counts_tokens = self.settings.balance_coef or self.settings.z_coef
+        return isinstance(self.model, MoeForCausalLM) and not counts_tokens
 
     def _summed_over_learners(self, gauges: Gauges) -> Gauges:
         """Make every learner's gradient the sum of all, and the gauges those of the whole batch."""
@@ -205,8 +213,9 @@ class PolicyLearner:
         settings = self.settings
         with self._autocast():
             stats, routes = token_logprobs(
-                self.model, cut.ids_BS, cut.answer_BS, settings.temperature, cut.real_BS, cut.replay_BSM
-            )
+                self.model, cut.ids_BS, cut.answer_BS, settings.temperature, cut.real_BS, cut.replay_BSM,
+                cut.position_BS,
+            )  # fmt: skip
         loss, clipped = policy_loss(
             stats.logprob_T,
             cut.generator_logprobs,

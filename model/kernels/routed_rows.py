@@ -1,11 +1,11 @@
-"""The two steps between grouped products that PyTorch's autograd does in more passes over memory than they need.
+"""The steps between grouped products that PyTorch's autograd does in more passes over memory than they need.
 
-`gated` brings tokens into the order of their experts and scales them, `permuted` brings them back. Each token has exactly
-one row (top-1), so the gradient of these gathers is a gather as well; autograd, which cannot know that, would add up into
-a tensor of zeros.
+`gated` brings tokens into the order of their experts and scales them, `permuted` brings them back. Each token has
+exactly one row (top-1), so the gradient of these gathers is a gather as well; autograd, which cannot know that, would
+add up into a tensor of zeros.
 
-`swiglu` is silu(gate) ∘ up of rows that hold gate and up side by side. Its backward writes both gradients into one tensor
-where they belong; autograd would fill two with zeros and add them.
+`swiglu` is silu(gate) ∘ up of rows that hold gate and up side by side. Its backward writes both gradients into one
+tensor, where they belong; autograd would fill two with zeros and add them.
 
 Axes: T tokens, R = T rows sorted by expert, D hidden size, F expert width.
 """
@@ -29,9 +29,7 @@ def permuted(x_RD: torch.Tensor, order_R: torch.Tensor, inverse_R: torch.Tensor)
     return _Permuted.apply(x_RD, order_R, inverse_R)
 
 
-def gated(
-    x_TD: torch.Tensor, gate_T: torch.Tensor, order_R: torch.Tensor, inverse_T: torch.Tensor
-) -> torch.Tensor:
+def gated(x_TD: torch.Tensor, gate_T: torch.Tensor, order_R: torch.Tensor, inverse_T: torch.Tensor) -> torch.Tensor:
     """(x_TD · gate_T)[order_R] in the dtype of x, for an order that names every token once, and its inverse."""
     return _Gated.apply(x_TD, gate_T, order_R, inverse_T)
 

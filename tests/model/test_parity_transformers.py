@@ -10,6 +10,7 @@ from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 import model.transformer as transformer
 from model.experts import Experts
+from model.logprobs import token_logprobs
 from model.transformer import MoeForCausalLM
 
 CHUNK = 16
@@ -96,11 +97,59 @@ def test_packed_and_padded_equal_separate(models):
             assert (padded[row, place] - alone[row]).abs().max() < 1e-4
 
 
-def test_the_same_prompt_twice_in_a_batch_gives_the_same(models):
-    """Up to rounding: where a row lies among its expert's rows decides how its sums are cut."""
-    ids = tokens(1, CHUNK + 3).expand(2, -1)
-    first, second = logits(models[1], ids)
-    assert (first - second).abs().max() < 1e-5
+def test_the_same_prompt_again_in_a_batch_is_identical_bit_for_bit(models):
+    for length in (CHUNK - 3, CHUNK + 3, 2 * CHUNK + 1):
+        prompt, other = tokens(1, length), tokens(1, length + 40)[:, 40:]
+        rows = logits(models[1], torch.cat([other, prompt, other, prompt, prompt]))
+        assert torch.equal(rows[1], rows[3]) and torch.equal(rows[1], rows[4]) and torch.equal(rows[0], rows[2])
+        assert not torch.equal(rows[0], rows[1])
+
+
+def branched(prompts: list[torch.Tensor], answers: list[list[torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row: each prompt once, followed by all its answers; and the positions of its tokens."""
+    ids, positions = [], []
+    for prompt, own in zip(prompts, answers, strict=True):
+        ids += [prompt, *own]
+        positions += [torch.arange(len(prompt)), *(torch.arange(len(a)) + len(prompt) for a in own)]
+    return torch.cat(ids).unsqueeze(0), torch.cat(positions).unsqueeze(0)
+
+
+def test_answers_that_share_a_prompt_equal_answers_that_bring_their_own(models):
+    """Prompts that end before, at and behind a chunk boundary; log-probabilities and every gradient."""
+    ours = models[1]
+    prompts = [tokens(size) for size in (CHUNK - 5, CHUNK, 2 * CHUNK + 3)]
+    answers = [[tokens(size) for size in (3, 2 * CHUNK, 9)], [tokens(6)], [tokens(CHUNK), tokens(1)]]
+    weights = iter(torch.linspace(-1, 1, 6))
+    alone, gradients = [], []
+    ours.zero_grad()
+    for prompt, own in zip(prompts, answers, strict=True):
+        for answer in own:
+            ids = torch.cat([prompt, answer]).unsqueeze(0)
+            wanted = (torch.arange(ids.shape[1]) >= len(prompt)).unsqueeze(0)
+            alone.append(token_logprobs(ours, ids, wanted)[0].logprob_T)
+            (alone[-1].sum() * next(weights)).backward()
+    gradients.append({name: weight.grad.clone() for name, weight in ours.named_parameters()})
+    ours.zero_grad()
+    ids, positions = branched(prompts, answers)
+    is_prompt = torch.cat(
+        [torch.cat([torch.ones(len(p)), *(torch.zeros(len(a)) for a in own)]) for p, own in zip(prompts, answers)]
+    ).bool()
+    together = token_logprobs(ours, ids, ~is_prompt.unsqueeze(0), position_BS=positions)[0].logprob_T
+    assert (together - torch.cat(alone)).abs().max() < 1e-5
+    each = torch.linspace(-1, 1, 6).repeat_interleave(torch.tensor([len(a) for own in answers for a in own]))
+    (together * each).sum().backward()
+    for name, weight in ours.named_parameters():
+        assert (weight.grad - gradients[0][name]).abs().max() < 1e-4, name
+    # An answer that saw its neighbour instead of its prompt alone would differ.
+    straight = token_logprobs(ours, ids, ~is_prompt.unsqueeze(0))[0].logprob_T
+    assert (straight - torch.cat(alone)).abs().max() > 1e-2
+
+
+def test_positions_that_begin_nowhere_are_refused(models):
+    with pytest.raises(ValueError, match="token 4 of the batch is at position 5; expected 0, .* or at most 4"):
+        logits(models[1], tokens(1, 8), position_ids=torch.tensor([[0, 1, 2, 3, 5, 6, 7, 8]]))
+    with pytest.raises(ValueError, match="token 0 of the batch is at position 2; expected 0"):
+        logits(models[1], tokens(1, 3), position_ids=torch.tensor([[2, 3, 4]]))
 
 
 def test_generate_is_transformers_greedy_over_a_chunk_boundary_and_takes_left_padding(models):

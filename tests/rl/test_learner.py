@@ -27,7 +27,7 @@ def batch(rows=6, version=0, seed=0):
 
 def test_micro_batches_keep_every_answer_token_with_signal_once():
     whole = batch()
-    cuts = micro_batches(whole, max_padded_tokens=30)
+    cuts = micro_batches(whole, max_tokens=30)
     assert len(cuts) > 1 and all(cut.ids_BS.numel() <= 30 for cut in cuts)
     kept = sorted(token for cut in cuts for token in cut.ids_BS[cut.answer_BS].tolist())
     wanted = sorted(t for row, tokens in enumerate(whole.answer_ids) if whole.advantages[row] for t in tokens)
@@ -42,7 +42,7 @@ def test_micro_batches_say_what_is_real_and_carry_routes_to_their_tokens():
     lengths = [len(p) + len(a) for p, a in zip(whole.prompt_ids, whole.answer_ids)]
     routes = [[[10 * token, 10 * token + 1] for token in range(n - (row == 3))] for row, n in enumerate(lengths)]
     routes[4] = None
-    cuts = micro_batches(dataclasses.replace(whole, routes=routes), max_padded_tokens=30)
+    cuts = micro_batches(dataclasses.replace(whole, routes=routes), max_tokens=30)
     seen = {}
     for cut in cuts:
         for ids, real, replay in zip(cut.ids_BS, cut.real_BS, cut.replay_BSM):
@@ -54,6 +54,28 @@ def test_micro_batches_say_what_is_real_and_carry_routes_to_their_tokens():
     assert seen[0] == routes[0] and seen[5] == routes[5]
     assert seen[3] == [*routes[3], [-1, -1]] and seen[4] == [[-1, -1]] * lengths[4]
     assert all(cut.replay_BSM is None for cut in micro_batches(whole, 30))
+
+
+def groups():
+    """Two prompts, three answers each; one answer carries no signal."""
+    whole = batch()
+    return dataclasses.replace(whole, prompt_ids=[[1, 7, 9, 12]] * 3 + [[1, 8]] * 3)
+
+
+def test_a_shared_prompt_is_there_once_in_each_micro_batch_that_needs_it():
+    whole = groups()
+    routes = [[[row]] * (len(p) + len(a)) for row, (p, a) in enumerate(zip(whole.prompt_ids, whole.answer_ids))]
+    whole = dataclasses.replace(whole, routes=routes)
+    (one,) = micro_batches(whole, 8192, share_prompts=True)
+    assert one.position_BS[:, 0].tolist() == [0, 4, 0, 2, 2]
+    assert one.real_BS.sum(1).tolist() == [4 + 3, 5, 2 + 9, 11, 13]
+    assert one.answer_BS.sum(1).tolist() == [3, 5, 9, 11, 13] and one.answer_BS.sum() == len(one.advantages)
+    assert one.ids_BS[1, :5].tolist() == whole.answer_ids[1] and one.replay_BSM[1, :5].unique().tolist() == [1]
+    cuts = micro_batches(whole, 24, share_prompts=True)
+    assert [cut.position_BS[:, 0].tolist() for cut in cuts] == [[0, 4, 0], [0], [0]]
+    assert all(cut.real_BS.sum() <= 24 for cut in cuts)
+    kept = [token for cut in cuts for token in cut.ids_BS[cut.answer_BS].tolist()]
+    assert kept == [t for row in (0, 1, 3, 4, 5) for t in whole.answer_ids[row]]
 
 
 def test_routes_that_cannot_belong_to_their_rows_are_refused():
@@ -104,9 +126,9 @@ def learner(checkpoint, **changes):
     return made
 
 
-def gradients(checkpoint, **changes):
+def gradients(checkpoint, whole=None, share_prompts=False, **changes):
     made = learner(checkpoint, **changes)
-    cuts = micro_batches(batch(), made.settings.micro_batch_tokens)
+    cuts = micro_batches(whole or batch(), made.settings.micro_batch_tokens, share_prompts)
     made.routers.begin_step([RoutedBatch(cut.ids_BS, cut.real_BS) for cut in cuts])
     denominator = float(sum(len(cut.advantages) for cut in cuts))
     for cut in cuts:
@@ -120,6 +142,22 @@ def test_the_gradient_does_not_depend_on_the_cut(checkpoint, losses):
     assert whole.keys() == cut.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], cut[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_neither_sharing_prompts_nor_where_a_group_is_cut_changes_the_gradient(checkpoint):
+    whole = groups()
+    alone = gradients(checkpoint, whole)
+    for tokens in (8192, 40, 12):
+        shared = gradients(checkpoint, whole, share_prompts=True, micro_batch_tokens=tokens)
+        assert alone.keys() == shared.keys()
+        for name in alone:
+            torch.testing.assert_close(alone[name], shared[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_prompts_are_shared_unless_the_routers_losses_count_their_tokens(checkpoint):
+    assert learner(checkpoint)._shares_prompts()
+    assert not learner(checkpoint, balance_coef=0.1)._shares_prompts()
+    assert not learner(checkpoint, z_coef=0.1)._shares_prompts()
 
 
 def test_the_balance_loss_evens_the_load_out(checkpoint):
