@@ -39,15 +39,20 @@ class Experts(nn.Module):
         nn.init.normal_(self.gate_up_proj, std=1.0 / math.sqrt(self.gate_up_proj.shape[1]))
         nn.init.normal_(self.down_proj, std=0.5 / math.sqrt(self.down_proj.shape[1]))
 
+    def weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """gate_up [E, D, 2F] and down [E, F, D] of the experts that are here."""
+        return self.gate_up_proj, self.down_proj
+
     def forward(self, x_TD: torch.Tensor, expert_T: torch.Tensor, gate_T: torch.Tensor) -> torch.Tensor:
         """[T, D] in the order of the tokens. `expert_T` int64, `gate_T` the router's sigmoid."""
         order_R = expert_T.argsort(stable=True)  # stable: equal experts keep the tokens' order, every time
         inverse_T = inverse(order_R)
-        ends_E = torch.bincount(expert_T, minlength=len(self.down_proj)).cumsum(0).to(torch.int32)
+        gate_up_ED2F, down_EFD = self.weights()
+        ends_E = torch.bincount(expert_T, minlength=len(down_EFD)).cumsum(0).to(torch.int32)
         # Llama 4 scales the expert's input, not its output: SwiGLU is not linear, so the two differ.
         rows_RD = gated(x_TD, gate_T, order_R, inverse_T)
-        hidden_R2F = self._product(rows_RD, self.gate_up_proj, ends_E, "gate_up")
-        out_RD = self._product(swiglu(hidden_R2F), self.down_proj, ends_E, "down")
+        hidden_R2F = self._product(rows_RD, gate_up_ED2F, ends_E, "gate_up")
+        out_RD = self._product(swiglu(hidden_R2F), down_EFD, ends_E, "down")
         return permuted(out_RD, inverse_T, order_R)
 
     def _product(self, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor, name: str) -> torch.Tensor:

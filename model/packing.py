@@ -186,6 +186,8 @@ class PackedAttention:
         if chunk not in self.groups:
             self.groups[chunk] = self._grouped(chunk)
         groups = self.groups[chunk]
+        if not groups:
+            return torch.empty_like(q_THd)  # no token at all: one of several processes may have none
         outputs = [group(q_THd, k_TKd, v_TKd) for group in groups]
         if len(groups) == 1 and groups[0].tokens_t is None:
             return outputs[0]

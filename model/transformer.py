@@ -62,7 +62,7 @@ class MoeAttention(nn.Module):
 
     def forward(self, x_TD: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:
         q_THd, k_TKd, v_TKd = (
-            projection(x_TD).view(len(x_TD), -1, self.head_dim)
+            projection(x_TD).unflatten(-1, (projection.out_features // self.head_dim, self.head_dim))
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         if self.rotates:
@@ -72,7 +72,7 @@ class MoeAttention(nn.Module):
         if self.grows:
             q_THd = q_THd * temperature(attention.position_T, self.growth, self.growth_floor).to(q_THd.dtype)
         out_THd = attention(q_THd, k_TKd, v_TKd, layer=self.layer, chunk=self.chunk)
-        return self.o_proj(out_THd.reshape(len(x_TD), -1))
+        return self.o_proj(out_THd.flatten(1))
 
 
 def unit_heads(x_THd: torch.Tensor, eps: float) -> torch.Tensor:
