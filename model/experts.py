@@ -50,15 +50,26 @@ class Experts(nn.Module):
         gate_up_ED2F, down_EFD = self.weights()
         ends_E = torch.bincount(expert_T, minlength=len(down_EFD)).cumsum(0).to(torch.int32)
         # Llama 4 scales the expert's input, not its output: SwiGLU is not linear, so the two differ.
+        if self.precision is not None:
+            out_RD = self._in_fp8(self.precision, x_TD, gate_T, order_R, ends_E)
+            return permuted(out_RD, inverse_T, order_R)
         rows_RD = gated(x_TD, gate_T, order_R, inverse_T)
-        hidden_R2F = self._product(rows_RD, gate_up_ED2F, ends_E, "gate_up")
-        out_RD = self._product(swiglu(hidden_R2F), down_EFD, ends_E, "down")
+        hidden_R2F = grouped_mm(rows_RD, gate_up_ED2F, ends_E)
+        out_RD = grouped_mm(swiglu(hidden_R2F), down_EFD, ends_E)
         return permuted(out_RD, inverse_T, order_R)
 
-    def _product(self, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor, name: str) -> torch.Tensor:
-        if self.precision is None:
-            return grouped_mm(x_RK, w_EKN, ends_E)
-        from model.kernels.fp8 import fp8_grouped_mm
+    def _in_fp8(
+        self,
+        settings: Fp8Settings,
+        x_TD: torch.Tensor,
+        gate_T: torch.Tensor,
+        order_R: torch.Tensor,
+        ends_E: torch.Tensor,
+    ) -> torch.Tensor:
+        """The same rows: what is quantised is made on the way, in the same pass over memory."""
+        from model.kernels.fp8 import fp8_permuted_grouped_mm, fp8_swiglu_grouped_mm
 
-        gauges = None if self.gauges is None else self.gauges.named(name)
-        return fp8_grouped_mm(x_RK, w_EKN, ends_E, self.precision, gauges)
+        gate_up_ED2F, down_EFD = self.weights()
+        first, second = (self.gauges.named(name) if self.gauges else None for name in ("gate_up", "down"))
+        hidden_R2F = fp8_permuted_grouped_mm(x_TD, order_R, gate_T[order_R], gate_up_ED2F, ends_E, settings, first)
+        return fp8_swiglu_grouped_mm(hidden_R2F, down_EFD, ends_E, settings, second)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,6 +82,23 @@ class Fp8Gauges:
             )
         self._sums.clear()
         return stats
+
+
+def worst_of(parts: Sequence[Mapping[str, TensorStats]]) -> dict[str, TensorStats]:
+    """Of what several trainers saw of the same tensors: the worst number of each gauge. No number at all is worst."""
+    seen: dict[str, list[TensorStats]] = {}
+    for part in parts:
+        for name, stats in part.items():
+            seen.setdefault(name, []).append(stats)
+    return {
+        name: TensorStats(
+            amax=max(one.amax for one in stats),
+            saturation_share=max(one.saturation_share for one in stats),
+            underflow_share=max(one.underflow_share for one in stats),
+            snr_db=min((one.snr_db for one in stats), key=lambda snr_db: -math.inf if math.isnan(snr_db) else snr_db),
+        )
+        for name, stats in seen.items()
+    }
 
 
 class Fp8Watch:

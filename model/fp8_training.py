@@ -5,10 +5,10 @@ Called by the trainers of every stage. What FP8 is: `model/kernels/fp8.py`. Mast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-from model.fp8_gauges import Fp8Gauges, Fp8Watch
+from model.fp8_gauges import Fp8Gauges, Fp8Watch, worst_of
 from model.kernels.quantise import quantise
 from model.moe_layer import MoeBlock
 from model.precision import Fp8Settings, fp8_layers
@@ -22,8 +22,16 @@ if TYPE_CHECKING:
 class Fp8Training:
     """ValueError for a model without an MoE layer that the settings leave to FP8."""
 
-    def __init__(self, model: MoeForCausalLM, settings: Fp8Settings, say: Callable[[str], None]) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        model: MoeForCausalLM,
+        settings: Fp8Settings,
+        say: Callable[[str], None],
+        gather: Callable[[Any], Sequence[Any]] = lambda own: [own],
+    ) -> None:
+        """`gather` turns one trainer's value into every trainer's: they must leave FP8 together, or they would compute
+        different models."""
+        self.settings, self.gather = settings, gather
         chosen = fp8_layers(getattr(model.config, "moe_layers", None) or (), settings.keep_first_and_last)
         if not chosen:
             raise ValueError(
@@ -47,8 +55,9 @@ class Fp8Training:
         """What FP8 did since the last call, `fp8/layer3/gate_up.input/snr_db` and so on; a layer that it hurts too much
         runs in BF16 from now on. Call it between optimiser steps."""
         metrics: dict[str, float] = {"fp8/layers": float(len(self.layers))}
+        parts = self.gather({layer: self.gauges[layer].read() for layer in self.layers})
         for layer in self.layers:
-            stats = self.gauges[layer].read()
+            stats = worst_of([part[layer] for part in parts])
             for tensor, seen in stats.items():
                 for gauge in ("amax", "saturation_share", "underflow_share", "snr_db"):
                     metrics[f"fp8/layer{layer}/{tensor}/{gauge}"] = getattr(seen, gauge)

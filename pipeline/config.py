@@ -20,6 +20,10 @@ from pydantic import (
     model_validator,
 )
 
+from model.precision import Format as Fp8Format
+from model.precision import Fp8Settings
+from model.precision import Recipe as Fp8Recipe
+
 Domain = Literal["maths", "code", "reasoning", "dialogue"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
 Level = Annotated[int, Field(ge=1, le=10)]
@@ -172,6 +176,24 @@ class RlRouterSettings(RouterSettings):
     )
 
 
+class Fp8Section(Section):
+    """FP8 in the routed experts' products; everything else stays as `dtype` says. Taught in model/kernels/fp8.py."""
+
+    recipe: Fp8Recipe = Field(
+        Fp8Settings.recipe, description="how many elements share a scale; finer costs scales and buys room for outliers"
+    )
+    gradients: Fp8Format = Field(
+        Fp8Settings.gradients, description="e5m2 has 128 times the range of e4m3 for half the precision"
+    )
+    min_snr_db: float = Field(
+        Fp8Settings.min_snr_db, description="a layer that FP8 stores worse than this goes back to BF16, and says so"
+    )
+    keep_first_and_last: bool = Field(
+        Fp8Settings.keep_first_and_last,
+        description="leave out the first and the last MoE layer, where outliers live; false: all MoE layers in FP8",
+    )
+
+
 class SftStage(Stage):
     """A light supervised pass over the kept examples, loss on answer tokens only (TRL's SFTTrainer)."""
 
@@ -180,6 +202,7 @@ class SftStage(Stage):
     examples: str = Field(description="the judge_filter stage whose kept examples are trained on")
     train: TrainSettings = TrainSettings()
     router: RouterSettings = RouterSettings()
+    fp8: Fp8Section | None = Field(None, description="train the routed experts in FP8; null: in `train.dtype`")
 
     def idle_keys(self) -> dict[str, str]:
         return self.router.idle_keys()
@@ -231,6 +254,10 @@ class OnlineRlStage(Stage):
         "the learner's weights, gradients and optimiser stay float32",
     )
     router: RlRouterSettings = RlRouterSettings()
+    fp8: Fp8Section | None = Field(
+        None,
+        description="train the routed experts in FP8 and sample with the weights as FP8 holds them; null: `dtype`",
+    )
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
     deadline_s: PositiveFloat = Field(

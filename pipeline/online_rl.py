@@ -18,6 +18,7 @@ from pipeline.config import DatasetTasks, GeneratedTasks, OnlineRlStage, TaskSou
 from pipeline.data import load_tasks, task_to_json
 from pipeline.engines import engine_settings
 from pipeline.stage import DataError, GateStopped, InfrastructureError, StageContext
+from pipeline.trainer_actor import fp8_settings
 from rewards.task import Task
 from rl.controller import LeaseExhausted
 from rl.curriculum import Curriculum
@@ -75,7 +76,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 on_event=context.emit,
             )
             try:
-                asyncio.run(loop.run())
+                asyncio.run(loop.run(publish_first=stage.fp8 is not None))
             finally:
                 log.close()
         learners[0].call("save", str(context.work / "checkpoint"), timeout_s=stage.deadline_s)
@@ -121,6 +122,9 @@ class RemoteLearner:
             )
         )
         return reports[0]
+
+    async def publish(self, path: str) -> str:
+        return await self.actors[0].call_async("publish", path, timeout_s=self.deadline_s)
 
 
 class StepLog:
@@ -244,6 +248,7 @@ def learner_settings(stage: OnlineRlStage, checkpoint: Path, context: StageConte
         clip_high=stage.objective.clip_high,
         mismatch_cap=stage.objective.mismatch_cap,
         seed=context.seed,
+        fp8=fp8_settings(stage.fp8),
         world_size=context.recipe.cluster.learners,
         rendezvous=str(context.cluster.shared_dir / f"{stage.name}-learners"),
     )

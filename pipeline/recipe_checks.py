@@ -13,8 +13,9 @@ from collections.abc import Iterable, Iterator
 from functools import reduce
 
 from model.checkpoint import HUB_ID, SMOLLM2
-from model.config import read_config
-from model.tensor_map import text_config
+from model.config import TinyShape, read_config, tiny
+from model.precision import fp8_layers
+from model.tensor_map import moe_layers, text_config
 from pipeline.config import (
     AnyStage,
     BootstrapStage,
@@ -53,7 +54,7 @@ def nearest(word: object, options: Iterable[str]) -> str:
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything wrong with the recipe, a line each; an empty list accepts it."""
-    checks = (_names, _references, _task_sources, _splits, _lengths, _idle_keys, _arithmetic)
+    checks = (_names, _references, _task_sources, _splits, _lengths, _idle_keys, _arithmetic, _fp8_layers)
     return [problem for check in checks for problem in check(recipe)]
 
 
@@ -233,6 +234,35 @@ def max_positions(recipe: Recipe, reference: str) -> int | None:
     except ValueError:
         return None  # already reported by the reference check
     return positions if isinstance(positions, int) else None
+
+
+def moe_layers_of(recipe: Recipe, reference: str) -> list[int] | None:
+    """MoE layers of the model behind a reference; None where that is not known before it is fetched."""
+    base = origin(recipe, reference)
+    if isinstance(base, BootstrapStage):
+        return moe_layers(tiny(TinyShape(num_layers=base.num_layers)))
+    try:
+        config = text_config(read_config(base) or {})
+        return moe_layers(config) if config.get("model_type") in ("llama4_text", "llama") else None
+    except (ValueError, KeyError):
+        return None  # already reported by the reference check
+
+
+def _fp8_layers(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        if not isinstance(stage, SftStage | OnlineRlStage) or stage.fp8 is None:
+            continue
+        reference = stage.init if isinstance(stage, SftStage) else stage.policy
+        layers = moe_layers_of(recipe, reference)
+        if layers is None or fp8_layers(layers, stage.fp8.keep_first_and_last):
+            continue
+        if layers:
+            yield (
+                f"stages.{stage.name}.fp8.keep_first_and_last: true, but {reference!r} has only the MoE layers "
+                f"{layers}: none is left for FP8; set it to false, or leave fp8 out."
+            )
+        else:
+            yield f"stages.{stage.name}.fp8: {reference!r} is dense; FP8 is for routed experts: leave fp8 out."
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:

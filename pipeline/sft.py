@@ -14,12 +14,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from model.precision import Fp8Settings
 from pipeline.config import RouterSettings, SftStage, TrainSettings
 from pipeline.data import Example, as_dataset, read_examples
 from pipeline.stage import DataError, StageContext
 from pipeline.trainer_actor import (
     Reporter,
     deadline_s,
+    fp8_settings,
     stored_dtype,
     train_in_actor,
     trainer_arguments,
@@ -42,6 +44,7 @@ class SftJob:
     train: TrainSettings
     router: RouterSettings
     seed: int
+    fp8: Fp8Settings | None = None
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -60,6 +63,7 @@ def run(context: StageContext) -> dict[str, Any]:
         train=stage.train,
         router=stage.router,
         seed=context.seed,
+        fp8=fp8_settings(stage.fp8),
     )
     deadline = deadline_s(num_examples * stage.train.max_tokens * stage.train.epochs)
     return train_in_actor(context, SftTrainerActor, job, deadline)
@@ -151,10 +155,11 @@ def sft_trainer(
     model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], job: SftJob, reporter: Reporter, scratch: str
 ) -> Any:
     """TRL's trainer on ready token ids: it adds nothing, cuts nothing and computes the loss over `labels`. The routers
-    follow `job.router`, their losses taken over all micro-batches of a step."""
+    follow `job.router`, their losses taken over all micro-batches of a step; the experts' products `job.fp8`."""
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.utils import FusedCausalLMOutput
 
+    from model.fp8_training import Fp8Training
     from model.router import Route, freeze_routers, slow_routers
     from model.router_watch import RoutedBatch, RouterWatch
 
@@ -180,12 +185,13 @@ def sft_trainer(
 
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
             if "loss" in logs:
-                logs |= self.routers.end_step()
+                logs |= self.routers.end_step() | (fp8.metrics() if fp8 else {})
             super().log(logs, start_time)
             reporter.step(self.state.global_step, self.state.max_steps, logs)
 
     if job.router.policy == "frozen":
         freeze_routers(model)
+    fp8 = Fp8Training(model, job.fp8, reporter.note) if job.fp8 else None
     arguments = trainer_arguments(job.train, len(rows), job.seed, scratch)
     config = SFTConfig(**arguments, dataset_kwargs={"skip_prepare_dataset": True})
     trainer = RoutedSftTrainer(model=model, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer)

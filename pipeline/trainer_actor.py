@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import TrainSettings
+from model.precision import Fp8Settings
+from pipeline.config import Fp8Section, TrainSettings
 from pipeline.stage import StageContext
 
 PROGRESS_FILE = "progress.jsonl"
@@ -93,8 +94,8 @@ class Reporter:
         self.tokens = int(logs["num_tokens"])
         kept = {"step": step, "loss": logs["loss"], "learning_rate": logs["learning_rate"], "tokens": self.tokens}
         extras = {key.replace("/", "_"): value for key, value in logs.items() if key.startswith(("rewards/", "logps/"))}
-        routers = {key: value for key, value in logs.items() if key.startswith("router/")}  # as online_rl names them
-        self._append(self.losses_file, kept | extras | routers)
+        gauges = {key: value for key, value in logs.items() if key.startswith(("router/", "fp8/"))}  # as online_rl does
+        self._append(self.losses_file, kept | extras | gauges)
         event = {"event": "progress", "done": step, "total": num_steps, "unit": "steps", "loss": round(logs["loss"], 4)}
         self._append(self.progress_file, event)
 
@@ -102,6 +103,10 @@ class Reporter:
     def _append(path: Path, record: dict[str, Any]) -> None:
         with path.open("a") as file:
             file.write(json.dumps(record) + "\n")
+
+
+def fp8_settings(section: Fp8Section | None) -> Fp8Settings | None:
+    return None if section is None else Fp8Settings(**section.model_dump())
 
 
 def num_steps(train: TrainSettings, num_examples: int) -> int:

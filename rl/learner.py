@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from model.precision import Fp8Settings
 from rl.types import StepReport, TrainBatch
 
 if TYPE_CHECKING:
     import torch
 
+    from model.fp8_training import Fp8Training
     from model.logprobs import TokenStatistics
     from rl.batcher import MicroBatch
 
@@ -52,6 +54,7 @@ class LearnerSettings:
     clip_high: float
     mismatch_cap: float
     seed: int
+    fp8: Fp8Settings | None = None  # of the routed experts' products
     rank: int = 0
     world_size: int = 1
     rendezvous: str = ""  # a file that does not exist yet, on a disk all learners see; needed for world_size > 1
@@ -64,6 +67,7 @@ class PolicyLearner:
     def __init__(self, settings: LearnerSettings) -> None:
         self.settings = settings
         self.version = 0
+        self.notes: list[str] = []  # for people; the next report takes them along
 
     def start(self) -> dict[str, float]:
         """Load model and optimiser, meet the other learners; returns seconds by part."""
@@ -80,6 +84,7 @@ class PolicyLearner:
         self.model.train()
         self.tokenizer = load_tokenizer(self.settings.checkpoint)
         self.optimizer = self._optimizer()
+        self.fp8 = self._fp8()
         self.routers = RouterWatch(
             self.model, balance_coef=self.settings.balance_coef, z_coef=self.settings.z_coef,
             autocast=self._autocast, gather=self._gathered, watch_drift=self.settings.rank == 0,
@@ -109,6 +114,13 @@ class PolicyLearner:
             group["initial_lr"] = group["lr"]
         return optimizer
 
+    def _fp8(self) -> Fp8Training | None:
+        from model.fp8_training import Fp8Training
+
+        if self.settings.fp8 is None:
+            return None
+        return Fp8Training(self.model, self.settings.fp8, self.notes.append, gather=self._gathered)
+
     def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport:
         """One optimiser step; with `publish_to`, the new weights are written there and their digest reported."""
         if batch.version != self.version:
@@ -126,15 +138,21 @@ class PolicyLearner:
             metrics=metrics,
             trained_tokens=tokens,
             seconds=stepped - begin,
-            extras={"digest": digest, "staleness_counts": dict(staleness)},
+            extras={"digest": digest, "staleness_counts": dict(staleness), "notes": self._taken_notes()},
         )
 
+    def _taken_notes(self) -> list[str]:
+        notes, self.notes = self.notes, []
+        return notes
+
     def publish(self, path: str) -> str:
-        """Write the weights where engines can read them; returns their digest."""
+        """Write the weights where engines can read them; returns their digest. Under FP8 they are what FP8 makes of
+        them, so that an engine without it samples what the learner computes; a checkpoint holds the exact ones."""
         from model.checkpoint import stored_weights
         from rl.weight_sync import publish_weights
 
-        return publish_weights(stored_weights(self.model, self._published_dtype()), path)
+        served = self.fp8.as_served(self.model.named_parameters()) if self.fp8 else None
+        return publish_weights(stored_weights(self.model, self._published_dtype(), served), path)
 
     def save(self, directory: str) -> None:
         """Write a complete checkpoint."""
@@ -173,7 +191,8 @@ class PolicyLearner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
-        return gauges.metrics() | rates | self.routers.end_step(), int(denominator)
+        fp8 = self.fp8.metrics() if self.fp8 else {}
+        return gauges.metrics() | rates | self.routers.end_step() | fp8, int(denominator)
 
     def _shares_prompts(self) -> bool:
         """Only our own model can. The routers' losses count tokens, and how often a prompt's are computed would then

@@ -117,9 +117,13 @@ class AsyncLoop:
         self.generated_tokens = self.trained_tokens = 0
         self._events: asyncio.Queue[protocol.Event] = asyncio.Queue()
 
-    async def run(self) -> None:
-        """Ends after the last step's sync, or with the first error of any task."""
+    async def run(self, publish_first: bool = False) -> None:
+        """Ends after the last step's sync, or with the first error of any task. `publish_first`: engines do not begin
+        with the checkpoint they loaded but with what the learner makes of it."""
         try:
+            if publish_first:
+                self.digests[0] = await self.learner.publish(self.settings.weights_path.format(version=0))
+                await self._sync(0)
             async with asyncio.TaskGroup() as tasks:
                 self._events.put_nowait(protocol.Begin())
                 finished = False
@@ -221,6 +225,8 @@ class AsyncLoop:
             self.on_event("first_step")
         self.digests[report.version] = report.extras["digest"]
         self.trained_tokens += report.trained_tokens
+        for text in report.extras.get("notes", ()):
+            self.on_event("note", text=text)
         self._record(step, groups, report, waited, zero_signal)
         return report.version
 

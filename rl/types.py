@@ -136,3 +136,6 @@ class Learner(Protocol):
     """The trainer's side."""
 
     async def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport: ...
+    async def publish(self, path: str) -> str:
+        """Write the weights as engines shall have them; returns their digest."""
+        ...

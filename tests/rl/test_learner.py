@@ -4,7 +4,10 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from model.kernels.quantise import quantise
+from model.precision import Fp8Settings
 from model.router import routes_of
 from model.router_watch import RoutedBatch
 from rl.batcher import micro_batches
@@ -245,6 +248,46 @@ def test_a_step_reports_what_its_routers_do(checkpoint):
     assert all(isinstance(value, float) for value in metrics.values())
 
 
+FP8 = Fp8Settings(recipe="row", keep_first_and_last=False)  # the tiny model's MoE layers are its first and its last
+
+
+def published(made, path):
+    made.publish(str(path))
+    return load_file(path)
+
+
+def test_under_fp8_engines_get_the_weights_that_fp8_computes_with_and_checkpoints_the_exact_ones(checkpoint, tmp_path):
+    made = learner(checkpoint, fp8=FP8)
+    metrics = made.step(batch()).metrics
+    assert metrics["fp8/layers"] == 2 and metrics["fp8/layer1/gate_up.weight/snr_db"] > 25
+    exact, served = dict(made.model.named_parameters()), published(made, tmp_path / "w.safetensors")
+    for name, tensor in served.items():
+        is_expert = ".experts." in name
+        assert torch.equal(tensor, exact[name]) != is_expert, name
+        if is_expert:
+            torch.testing.assert_close(tensor, quantise(exact[name].detach(), "row", axis=1).dequantise())
+    made.save(str(tmp_path / "checkpoint"))
+    saved = load_file(tmp_path / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(saved[name], exact[name]) for name in exact)
+
+
+def test_fp8_changes_the_step_a_little_and_bf16_again_not_at_all(checkpoint):
+    plain = learner(checkpoint).step(batch()).metrics
+    rounded = learner(checkpoint, fp8=FP8).step(batch()).metrics
+    assert rounded["loss"] != plain["loss"]
+    assert rounded["loss"] == pytest.approx(plain["loss"], rel=0.05)
+
+
+def test_a_layer_that_fp8_stores_too_badly_leaves_it_and_says_so(checkpoint, tmp_path):
+    made = learner(checkpoint, fp8=dataclasses.replace(FP8, min_snr_db=100.0))
+    report = made.step(batch())
+    assert len(report.extras["notes"]) == 2 and "goes back to BF16" in report.extras["notes"][0]
+    again = made.step(batch(version=1))
+    assert again.metrics["fp8/layers"] == 0 and again.extras["notes"] == []
+    exact, served = dict(made.model.named_parameters()), published(made, tmp_path / "w.safetensors")
+    assert all(torch.equal(served[name], exact[name]) for name in served)
+
+
 def test_a_batch_of_another_version_is_refused(checkpoint):
     with pytest.raises(RuntimeError, match="version 3"):
         learner(checkpoint).step(batch(version=3))
@@ -267,8 +310,6 @@ def test_publishing_changed_weights_changes_the_digest(checkpoint, tmp_path):
 
 
 def test_bfloat16_keeps_small_steps_in_the_weights_and_publishes_a_cast_copy(checkpoint, tmp_path):
-    from safetensors.torch import load_file
-
     made = learner(checkpoint, dtype="bfloat16", learning_rate=1e-6)
     before = {name: p.clone() for name, p in made.model.named_parameters()}
     made.step(batch(), str(tmp_path / "w.safetensors"))

@@ -37,13 +37,24 @@ class CountingLearner:
     def __init__(self):
         self.batches = []
 
+    async def publish(self, path):
+        return "d0"
+
     async def step(self, batch, publish_to=None):
         self.batches.append(batch)
         extras = {"digest": f"d{batch.version + 1}", "staleness_counts": {}}
         return StepReport(version=batch.version + 1, metrics={"loss": 0.0}, trained_tokens=4, extras=extras)
 
 
-def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), steps=3, max_staleness=1, lost=None):
+def run(
+    generator,
+    learner,
+    grade=lambda task, text: Score(float(text), "ok"),
+    steps=3,
+    max_staleness=1,
+    lost=None,
+    publish_first=False,
+):
     settings = LoopSettings(
         groups_per_step=2,
         group_size=2,
@@ -76,8 +87,23 @@ def run(generator, learner, grade=lambda task, text: Score(float(text), "ok"), s
             on_lost=lost.append,
             on_event=lambda event, **_: events.append(event),
         )
-        asyncio.run(asyncio.wait_for(loop.run(), 20))
+        asyncio.run(asyncio.wait_for(loop.run(publish_first), 20))
     return records, events, loop
+
+
+def test_engines_begin_with_what_the_learner_makes_of_the_checkpoint_if_asked():
+    class Recording(EchoGenerator):
+        taken = []
+
+        async def take_weights(self, path, version, expected_digest=None):
+            self.taken.append((self.requests, version, expected_digest))
+            return await super().take_weights(path, version, expected_digest)
+
+    generator = Recording()
+    run(generator, CountingLearner(), publish_first=True)
+    assert generator.taken[0] == (0, 0, "d0"), "before the first request"
+    with pytest.raises(WeightsDiffer, match="version 0"):
+        run(EchoGenerator(digest="other"), CountingLearner(), publish_first=True)
 
 
 def test_every_step_consumes_its_groups_in_order():

@@ -1,0 +1,54 @@
+"""Switching FP8 on for a model's experts; what it does to a step is in tests/rl/test_learner.py."""
+
+import math
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from model.fp8_gauges import TensorStats, worst_of
+from model.fp8_training import Fp8Training
+from model.precision import Fp8Settings
+
+
+def test_a_model_without_a_layer_for_fp8_is_refused():
+    dense = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
+    )
+    with pytest.raises(ValueError, match=r"no routed expert is left .* llama has the MoE layers \[\]"):
+        Fp8Training(dense, Fp8Settings(), print)
+
+
+def test_the_worst_of_several_trainers_counts():
+    near = TensorStats(amax=1.0, saturation_share=0.0, underflow_share=0.2, snr_db=30.0)
+    far = TensorStats(amax=2.0, saturation_share=0.1, underflow_share=0.1, snr_db=10.0)
+    nothing = TensorStats(amax=math.inf, saturation_share=0.0, underflow_share=0.0, snr_db=math.nan)
+    worst = worst_of([{"down.input": near, "gate_up.input": near}, {"down.input": far}])
+    assert worst["down.input"] == TensorStats(amax=2.0, saturation_share=0.1, underflow_share=0.2, snr_db=10.0)
+    assert worst["gate_up.input"] == near
+    assert math.isnan(worst_of([{"x": near}, {"x": nothing}, {"x": far}])["x"].snr_db)
+
+
+def test_two_trainers_leave_fp8_together():
+    """The other one saw a bad layer 1: this one, whose own tensors are fine, leaves it too."""
+    from transformers import Llama4TextConfig
+
+    from model.transformer import MoeForCausalLM
+
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, intermediate_size_mlp=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=4, interleave_moe_layer_step=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = MoeForCausalLM(config).train()
+    bad = TensorStats(amax=1.0, saturation_share=0.0, underflow_share=0.9, snr_db=1.0)
+    said: list[str] = []
+    settings = Fp8Settings(keep_first_and_last=False)
+    fp8 = Fp8Training(model, settings, said.append, gather=lambda own: [own, {1: {"down.input": bad}, 3: {}}])
+    model(torch.randint(3, 32, (2, 9)), labels=torch.randint(3, 32, (2, 9))).loss.backward()
+    metrics = fp8.metrics()
+    assert fp8.layers == (3,) and len(said) == 1 and said[0].startswith("layer 1 goes back to BF16")
+    assert metrics["fp8/layer1/down.input/snr_db"] == 1.0 and metrics["fp8/layer3/down.input/snr_db"] > 25
+    assert model.model.layers[1].feed_forward.experts.precision is None
+    assert model.model.layers[3].feed_forward.experts.precision is settings
