@@ -19,7 +19,6 @@ from model.kernels import reference
 from model.kernels.fp8 import PermutedRows, SwiGluRows
 from model.kernels.quantise import FORMATS, Quantised, quantise
 
-
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ["tensor", "row", "block128"]
 ENDS = torch.tensor([0, 130, 130, 131, 200], dtype=torch.int32)  # two empty experts; tiles of 128, 2, 1 and 69 rows
