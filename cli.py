@@ -213,6 +213,28 @@ def upcycle(
 
 
 @app.command()
+def export_fp8(
+    source: Annotated[str, typer.Argument(help="A Llama 4: a Hugging Face directory, or a hub id.")],
+    target: Annotated[str, typer.Argument(help="The directory to write; nothing may lie there yet.")],
+    recipe: Annotated[
+        str, typer.Option(help="How many numbers share a scale: tensor, row or block128. As it was trained.")
+    ] = "row",
+    all_layers: Annotated[
+        bool, typer.Option("--all-layers", help="The first and the last MoE layer as well, where outliers live.")
+    ] = False,
+) -> None:
+    """Write a checkpoint whose routed experts are FP8, as vLLM serves it on GPUs (not measured on a GPU).
+
+    **Examples**
+
+    `drover export-fp8 runs/tiny/tidy/checkpoint runs/tiny-fp8 --all-layers`
+    """
+    from pipeline.fp8_export import export_checkpoint
+
+    export_checkpoint(source, target, recipe=recipe, all_layers=all_layers)
+
+
+@app.command()
 def submit(
     recipe: RecipeArgument = "stages.yaml",
     overrides: SetOption = None,

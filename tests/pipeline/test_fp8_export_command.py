@@ -1,0 +1,40 @@
+"""`drover export-fp8` on the shipped tiny model; the format itself is proved in tests/model/test_fp8_export.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+from pipeline.fp8_export import export_checkpoint
+from pipeline.stage import DataError, RecipeError
+
+BASE = str(Path(__file__).resolve().parents[2] / "recipes" / "tiny_base")
+
+
+def test_experts_are_fp8_and_the_rest_is_as_it_was(tmp_path: Path, capsys: Any) -> None:
+    export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    kinds: dict[bool, set[str]] = {True: set(), False: set()}
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():
+                if name.endswith(".weight"):
+                    kinds[".experts." in name].add(file.get_slice(name).get_dtype())
+    assert kinds[True] == {"F8_E4M3"} and kinds[False] == {"BF16"}
+    assert "FP8 experts (row)" in capsys.readouterr().out
+
+
+def test_what_cannot_be_is_refused_with_what_can(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="--recipe: fp8 recipe is 'rows'; accepted: tensor, row, block128"):
+        export_checkpoint(BASE, str(tmp_path / "out"), recipe="rows", all_layers=True)
+    with pytest.raises(DataError, match="exists; name a directory that does not"):
+        export_checkpoint(BASE, str(tmp_path), recipe="row", all_layers=True)
+    with pytest.raises(DataError, match="no such directory"):
+        export_checkpoint(str(tmp_path / "nowhere"), str(tmp_path / "out"), recipe="row", all_layers=True)
+    with pytest.raises(DataError):  # its two MoE layers are the first and the last
+        export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=False)
