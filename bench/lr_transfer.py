@@ -16,6 +16,7 @@ run again. About twenty minutes on one core with AVX-512 and nothing beside it; 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import math
@@ -185,6 +186,11 @@ def main(
     batches = torch.from_numpy(ids).view(plan.steps, ROWS, ROW_TOKENS)
     vocab_size = int(ids.max()) + 1
     base = toy(plan.widths[0], plan.layers, vocab_size)
+    # All that a loss depends on beside its own place in the grid: a file of results never answers for other settings.
+    settings = (
+        f"{plan.layers} layers, {NUM_EXPERTS} experts, {plan.steps} steps, {plan.seeds} seeds, "
+        f"tokens {hashlib.sha256(ids.tobytes()).hexdigest()[:8]}"
+    )
     done: dict[str, float] = {}
     if out is not None and out.exists():
         done = {line["run"]: line["loss"] for line in map(json.loads, out.read_text().splitlines())}
@@ -195,7 +201,7 @@ def main(
         return model, optimiser(model, rate, base, rules)
 
     def loss_of(name: str, width: int, exponent: int) -> float:
-        run = f"{name} width {width} rate 2^{exponent}"
+        run = f"{name} width {width} rate 2^{exponent}, {settings}"
         if run not in done:
             begin = time.process_time()
             seeds = [train(*prepared(name, width, 2.0**exponent, seed), batches) for seed in range(plan.seeds)]

@@ -55,7 +55,7 @@ def compare(name: str, directory: Path, runs: int, add_row: Callable[..., None])
     theirs = Llama4ForCausalLM.from_pretrained(directory, dtype=torch.float32).train()
     for kind in ("padded", "mixed"):
         inputs = batch(kind, 700)
-        losses = [float(model(**inputs, use_cache=False).loss) for model in (ours, theirs)]
+        losses = [model(**inputs, use_cache=False).loss.item() for model in (ours, theirs)]
         best = [float("inf")] * 2
         for _ in range(runs):
             best = [min(fastest, seconds(model, inputs)) for fastest, model in zip(best, (ours, theirs))]

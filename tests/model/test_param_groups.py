@@ -180,21 +180,32 @@ def test_folded_multipliers_train_exactly_like_completep_with_multipliers() -> N
     assert mine == pytest.approx(losses(twin, groups), abs=1e-4)
 
 
-def test_training_changes_activations_equally_at_every_width_and_more_and_more_in_the_standard_way() -> None:
-    widths, random = (64, 128, 256), torch.Generator().manual_seed(3)
+def growth(rules: Rules, shapes: list[tuple[int, int]], sizes: tuple[int, ...]) -> dict[str, float]:
+    """Exponents p of `change ~ size^p` of the activations, over models of these (width, layers), tuned at the first."""
+    random = torch.Generator().manual_seed(3)
     batches = torch.randint(64, (1, 4, 32), generator=random).expand(4, -1, -1)  # one batch, four steps
+    base, changes = config(*shapes[0]), []
+    for width, layers in shapes:
+        model = build(config(width, layers), base, rules)
+        groups = parameter_groups(model, 2.0**-8, base=base, rules=rules)
+        change = activation_changes(model, torch.optim.AdamW(groups, betas=(0.9, 0.95)), batches)
+        changes.append(change | {"last layers": change[f"after layer {layers - 2}"]})
+    return {place: slope(sizes, [change[place] for change in changes]) for place in changes[0]}
 
-    def slopes(rules: Rules) -> dict[str, float]:
-        changes = []
-        for width in widths:
-            model = build(config(width, layers=4), config(64, layers=4), rules)
-            groups = parameter_groups(model, 2.0**-8, base=config(64, layers=4), rules=rules)
-            changes.append(activation_changes(model, torch.optim.AdamW(groups, betas=(0.9, 0.95)), batches))
-        return {place: slope(widths, [change[place] for change in changes]) for place in changes[0]}
 
-    ours, standard = slopes(COMPLETE_P), slopes(STANDARD)
+def test_training_changes_activations_equally_at_every_width_and_more_and_more_in_the_standard_way() -> None:
+    widths = (64, 128, 256, 512)
+    ours, standard = (growth(rules, [(width, 4) for width in widths], widths) for rules in (COMPLETE_P, STANDARD))
     for place in ("after layer 0", "after layer 1", "after layer 2", "final norm", "logits"):
-        # The initial head's share in the logits shrinks as widths grow (µP), which bends their line a little.
-        assert abs(ours[place]) < (0.3 if place == "logits" else 0.2), (place, ours, standard)
+        # Logits come close to the bound, at -0.17 to -0.19 by seed. A head that starts at zero halves that; the rest is
+        # not explained, nor why the routers' logits shrink faster (-0.2 to -0.4), which is why they are not listed.
+        assert abs(ours[place]) < 0.2, (place, ours, standard)
         if place != "final norm":  # of unit size whatever comes in: its change cannot grow for long
             assert standard[place] > 0.35, (place, ours, standard)
+
+
+def test_training_changes_the_last_layers_equally_at_every_depth_and_more_and_more_in_the_standard_way() -> None:
+    depths = (4, 8, 16)
+    ours, standard = (growth(rules, [(64, depth) for depth in depths], depths) for rules in (COMPLETE_P, STANDARD))
+    assert abs(ours["last layers"]) < 0.1 and abs(ours["logits"]) < 0.2, (ours, standard)
+    assert standard["last layers"] > 0.35, (ours, standard)
