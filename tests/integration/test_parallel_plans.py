@@ -189,7 +189,6 @@ def rank_main(rank: int, world_size: int, folder: str) -> None:
         if rank == 0:
             torch.save(steps, f"{folder}/{world_size}-{case.name}.pt")
     (save_under_expert_plan if world_size == 2 else resume_under_other_plans)(rank, world_size, Path(folder))
-    print("CPU", rank, time.process_time(), flush=True)
     dist.destroy_process_group()
 
 
