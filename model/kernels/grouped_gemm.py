@@ -6,10 +6,12 @@
     forward  out[r] = x[r] · w[e]        dgrad  dx[r] = dy[r] · w[e]ᵀ        wgrad  dw[e] = x_eᵀ · dy_e
 
 On a CPU each is a loop of `torch.mm` into slices of one output: `torch.nn.functional.grouped_mm` does the same, but
-allocates every expert's part and copies it, which costs most where experts are many (docs/log.md). On CUDA it is that
-function, from compute capability 9.0 on (not measured on a GPU).
+allocates every expert's part and copies it, which costs most where experts are many. In fp32 a wide weight is
+multiplied, and its gradient made, in slices of rows: MKL packs a matrix before it multiplies, and one that is not in the
+cache yet is packed faster in slices (docs/log.md has the figures). On CUDA it is torch's function, from compute
+capability 9.0 on (not measured on a GPU).
 
-Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width.
+Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width, k rows of a slice.
 """
 
 from __future__ import annotations
@@ -25,6 +27,11 @@ SUPPORTED: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int] | None]] = {
     "cpu": ((torch.float32, torch.bfloat16, torch.float16), None),
     "cuda": ((torch.bfloat16,), (9, 0)),
 }
+
+WIDE = 512  # columns from which an fp32 weight is cut; a slice of fewer is too small to pay for a call
+FORWARD_SLICE = 64  # rows; only for an expert with fewer than FEW_ROWS tokens: with more, packing is a small part
+FEW_ROWS = 128
+GRADIENT_SLICE = 128
 
 
 def grouped_mm(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -74,7 +81,13 @@ def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> t
     sizes = _sizes(ends_E)
     out_RN = x_RK.new_empty(len(x_RK), w_EKN.shape[2])
     for x_MK, w_KN, out_MN in zip(x_RK.split(sizes), w_EKN, out_RN.split(sizes)):
-        torch.mm(x_MK, w_KN, out=out_MN)
+        if len(x_MK) >= FEW_ROWS or not _worth_slicing(w_KN):
+            torch.mm(x_MK, w_KN, out=out_MN)
+            continue
+        first, *others = zip(x_MK.split(FORWARD_SLICE, dim=1), w_KN.split(FORWARD_SLICE))
+        torch.mm(*first, out=out_MN)
+        for x_Mk, w_kN in others:
+            out_MN.addmm_(x_Mk, w_kN)
     return out_RN
 
 
@@ -96,8 +109,15 @@ def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> tor
     # oneDNN (16 bits) reads a transposed matrix slowly: where it is the smaller one, a copy pays.
     straighten = x_RK.dtype != torch.float32 and x_RK.shape[1] < dy_RN.shape[1]
     for x_MK, dy_MN, dw_KN in zip(x_RK.split(sizes), dy_RN.split(sizes), dw_EKN):
-        torch.mm(x_MK.T.contiguous() if straighten else x_MK.T, dy_MN, out=dw_KN)  # zeros where there is no row
+        x_KM = x_MK.T.contiguous() if straighten else x_MK.T
+        slice_rows = GRADIENT_SLICE if _worth_slicing(dw_KN) else len(dw_KN)
+        for x_kM, dw_kN in zip(x_KM.split(slice_rows), dw_KN.split(slice_rows)):
+            torch.mm(x_kM, dy_MN, out=dw_kN)  # zeros where there is no row
     return dw_EKN
+
+
+def _worth_slicing(w_KN: torch.Tensor) -> bool:
+    return w_KN.dtype == torch.float32 and w_KN.shape[1] >= WIDE
 
 
 def _sizes(ends_E: torch.Tensor) -> list[int]:

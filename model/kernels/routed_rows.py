@@ -72,17 +72,18 @@ class _Gated(torch.autograd.Function):
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_R2F: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(h_R2F)
         gate_RF, up_RF = h_R2F.chunk(2, dim=-1)
-        return F.silu(gate_RF).mul_(up_RF)
+        silu_RF = F.silu(gate_RF)
+        ctx.save_for_backward(h_R2F, silu_RF)
+        return silu_RF * up_RF
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RF: torch.Tensor) -> torch.Tensor:
-        (h_R2F,) = ctx.saved_tensors
+        h_R2F, silu_RF = ctx.saved_tensors
         gate_RF, up_RF = h_R2F.chunk(2, dim=-1)
         dh_R2F = torch.empty_like(h_R2F)
         dgate_RF, dup_RF = dh_R2F.chunk(2, dim=-1)
-        torch.mul(dy_RF, F.silu(gate_RF), out=dup_RF)
+        torch.mul(dy_RF, silu_RF, out=dup_RF)
         torch.ops.aten.silu_backward.grad_input(dy_RF * up_RF, gate_RF, grad_input=dgate_RF)
         return dh_R2F
