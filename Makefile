@@ -23,7 +23,7 @@ test: setup  ## all tests: unit, then integration (real vLLM, Ray and TRL)
 	@$(TEST_ENV) $(BIN)/python -m pytest tests $(ARGS)
 
 unit: setup  ## unit tests only, under a minute
-	@$(TEST_ENV) $(BIN)/python -m pytest tests -m "not integration" $(ARGS)
+	@$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/integration -n 2 $(ARGS)
 
 check: setup  ## ruff, mypy, the direction of imports
 	@$(BIN)/ruff check .

@@ -42,12 +42,13 @@ from model.transformer import MoeForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 PARAMETRISATIONS: dict[str, Rules] = {"ours": COMPLETE_P, "standard": STANDARD}
 HEAD_DIM = 32
-NUM_EXPERTS = 4
+NUM_EXPERTS = 8
 BALANCE = 0.01  # coefficient of the router's balance loss; without it one expert takes all
 ROWS, ROW_TOKENS = 8, 128
 WARMUP_SHARE = 0.1  # of the steps; then the rate falls in a line to a tenth
 FIRST_EXPONENT = -7  # the walk begins at a rate of 2^-7
 MARGIN = 2  # worse rates wanted on either side of the best
+EXPONENTS = range(-14, 3)  # a walk that would leave these has found no optimum
 COORDINATE_STEPS = 5
 COORDINATE_RATE = 2.0**-8
 
@@ -148,6 +149,8 @@ def walk(loss_at: Callable[[int], float], start: int) -> dict[int, float]:
         if not missing:
             return dict(sorted(losses.items()))
         nearest = min(missing, key=lambda exponent: abs(exponent - best))
+        if nearest not in EXPONENTS:
+            raise RuntimeError(f"the loss still falls at a rate of 2^{best}: {losses}")
         losses[nearest] = loss_at(nearest)
 
 
@@ -237,9 +240,14 @@ def main(
             cells[exponents.index(best)] = f"[bold]{cells[exponents.index(best)]}[/bold]"
             table.add_row(str(width), *cells, f"2^{best}", f"2^{vertex(losses):.1f}")
         console.print(table)
-        bests = [min(losses, key=losses.__getitem__) for losses in sweeps.values()]
-        console.print(f"{name}: from width {plan.widths[0]} to {plan.widths[-1]} the best rate moves "
-                      f"{bests[-1] - bests[0]:+d} grid steps\n")  # fmt: skip
+        bests = {width: min(losses, key=losses.__getitem__) for width, losses in sweeps.items()}
+        moves = {width: best - bests[plan.widths[0]] for width, best in bests.items()}
+        kept = all(abs(move) <= 1 for move in moves.values())
+        console.print(
+            f"{name}: grid steps from the best rate of width {plan.widths[0]}: "
+            f"{', '.join(f'{move:+d} at {width}' for width, move in moves.items())}; "
+            f"{'within one step at every width' if kept else 'it drifts'}\n"
+        )
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ find_python() {
 }
 
 build() {
-    local python torch refusal package
+    local python torch refusal
     python=$(find_python)
     say "$("$python" --version) ($python) → $VENV"
     "$python" -m venv --clear "$VENV"
@@ -46,10 +46,9 @@ build() {
     fi
     say "$(cat requirements/*.lock | grep -c '==') pinned packages; with torch about 1 GB to fetch"
     "${install[@]}" -r requirements/cpu.lock -r requirements/dev.lock
-    # Bytecode is written at the first import of what is used at all. The sandbox may not write, so its imports are compiled here.
-    for package in sympy mpmath math_verify latex2sympy2_extended antlr4; do
-        "$VENV/bin/python" -m compileall -q "$VENV"/lib/python3.*/site-packages/"$package"
-    done
+    # In parallel and once: where PYTHONDONTWRITEBYTECODE is set, or the sandbox may not write, every process that
+    # imports torch or vLLM would compile it again (tens of seconds). Packages carry templates that are not Python.
+    "$VENV/bin/python" -m compileall -q -j 0 "$VENV"/lib/python3.*/site-packages >/dev/null || true
 }
 
 SECONDS=0

@@ -362,7 +362,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
     return data
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(mutated())
 def test_generated_recipe_is_accepted_or_refused_with_a_key(data: dict[str, Any]) -> None:
     tops = [*Recipe.model_fields, "recipe", *(str(key)[:20] for key in data), *(repr(key)[:20] for key in data)]

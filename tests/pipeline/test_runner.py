@@ -3,121 +3,25 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
-import signal
 import subprocess
 import sys
 import textwrap
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from rich.console import Console
+from runner_world import ALL, World, make_recipe
 
 from pipeline.config import Recipe
 from pipeline.run_dir import RunDir
 from pipeline.runner import Doors, _most_engines, run, stage_seed, stage_states
 from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError, StageContext
 from rewards.task import BadTask
-
-ALL = ["keep", "warm", "climb", "score"]
-
-
-def make_recipe(
-    tmp_path: Path, seed: int = 17, generators: int = 1, sft_rate: float = 1e-3, engines: int | None = None
-) -> Recipe:
-    base = tmp_path / "base"
-    base.mkdir(exist_ok=True)
-    if not (base / "config.json").exists():
-        (base / "config.json").write_text("{}")
-        (base / "model.safetensors").write_bytes(b"weights")
-    data = tmp_path / "problems.jsonl"
-    if not data.exists():
-        data.write_text("{}\n")
-    return Recipe.model_validate(
-        {
-            "run": {"name": "small", "dir": str(tmp_path / "run"), "seed": seed},
-            "cluster": {"generators": generators},
-            "stages": [
-                {"name": "keep", "kind": "judge_filter", "examples": {"dataset": str(data), "format": "gsm8k"}},
-                {"name": "warm", "kind": "sft", "init": f"{base}/", "examples": "keep",
-                 "train": {"learning_rate": sft_rate}},
-                {"name": "climb", "kind": "online_rl", "policy": "warm", "tasks": {}},
-                {"name": "score", "kind": "evaluate", "policies": [f"{base}/", "climb"], "tasks": {},
-                 "engines": engines},
-            ],
-        }
-    )  # fmt: skip
-
-
-RESULTS = {
-    "policies": [
-        {"policy": name, "pass_at_k": {k: {"value": value, "low": 0.1, "high": 0.9} for k in ("1", "8")}}
-        for name, value in (("base", 0.25), ("climb", 0.5))
-    ]
-}
-
-
-@dataclass
-class World:
-    """Fake stages that count their runs; `behaviour` may replace what one of them does."""
-
-    tmp_path: Path
-    ran: list[str] = field(default_factory=list)
-    behaviour: dict[str, Callable[[StageContext], dict[str, Any]]] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
-    clusters: list[FakeCluster] = field(default_factory=list)
-    reports: int = 0
-
-    def doors(self) -> Doors:
-        return Doors(
-            load_stage=lambda kind: self.run_stage,
-            code_version=lambda kind: self.versions.get(kind, "1"),
-            make_cluster=self.make_cluster,
-            write_report=self.write_report,
-        )
-
-    def run_stage(self, context: StageContext) -> dict[str, Any]:
-        name = context.stage.name
-        self.ran.append(name)
-        assert list(context.work.iterdir()) == []
-        assert all((folder / "COMPLETE").exists() for folder in context.inputs.values())
-        (context.work / "seed.txt").write_text(str(context.seed))
-        context.progress(1, 2, "steps", loss=0.5)
-        if name == "score":
-            (context.work / "results.json").write_text(json.dumps(RESULTS))
-        if name in self.behaviour:
-            return self.behaviour[name](context)
-        return {"tokens_trained": 5}
-
-    def make_cluster(self, recipe: Recipe, run_dir: Path, emit: Callable[..., None]) -> FakeCluster:
-        self.clusters.append(FakeCluster())
-        return self.clusters[-1]
-
-    def write_report(self, run_dir: Path) -> Path:
-        self.reports += 1
-        (run_dir / "report.html").write_text("<html>")
-        return run_dir / "report.html"
-
-    def go(self, recipe: Recipe, **options: Any) -> tuple[int, list[str], str]:
-        """(exit code, stages that ran, what was printed)"""
-        self.ran.clear()
-        console = Console(width=140, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-        code = run(recipe, doors=self.doors(), console=console, **options)
-        return code, list(self.ran), console.export_text()
-
-
-@dataclass
-class FakeCluster:
-    is_shut: bool = False
-
-    def shutdown(self) -> None:
-        self.is_shut = True
 
 
 @pytest.fixture
@@ -328,123 +232,6 @@ def test_cluster_is_planned_for_the_stage_with_the_most_engines(tmp_path: Path) 
 def test_every_stage_has_its_own_seed() -> None:
     assert len({stage_seed(seed, name) for seed in (1, 2) for name in ALL}) == 8
     assert stage_seed(17, "warm") == stage_seed(17, "warm") < 2**31
-
-
-# --- real processes, real signals ---------------------------------------------------------------------------------
-
-PROGRAM = textwrap.dedent(
-    """
-    import os, signal, subprocess, sys, time
-    from pathlib import Path
-    from pipeline.runner import Doors, run
-    from tests_world import World, make_recipe
-
-    root, how = Path(sys.argv[1]), sys.argv[2]
-    world = World(root)
-
-    def slow(context):
-        child = subprocess.Popen([sys.executable, "-c", STUBBORN], start_new_session=True, stdout=subprocess.PIPE)
-        child.stdout.readline()
-        (context.work / "half_written").write_text("x")
-        (root / "pids").write_text(f"{os.getpid()} {child.pid}")
-        if how == "ray":
-            signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))  # what ray.init does to a driver
-        while True:
-            try:
-                time.sleep(60)
-            except KeyboardInterrupt:
-                if how != "deaf":
-                    raise
-
-    STUBBORN = (
-        "import signal, time; [signal.signal(s, signal.SIG_IGN) for s in (2, 15)]; print('up', flush=True); "
-        "time.sleep(600)"
-    )
-    if how != "quick":
-        world.behaviour["climb"] = slow
-    code = run(make_recipe(root), doors=world.doors())
-    print("ran", *world.ran)
-    sys.exit(code)
-    """
-)
-
-
-def start(tmp_path: Path, how: str) -> subprocess.Popen[str]:
-    (tmp_path / "tests_world.py").write_text(Path(__file__).read_text())
-    (tmp_path / "program.py").write_text(PROGRAM)
-    environment = os.environ | {"PYTHONPATH": f"{Path(__file__).resolve().parents[2]}:{tmp_path}"}
-    return subprocess.Popen(
-        [sys.executable, str(tmp_path / "program.py"), str(tmp_path), how],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-    )  # fmt: skip
-
-
-def wait_until_slow(tmp_path: Path, process: subprocess.Popen[str]) -> list[int]:
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "pids").exists() or not (tmp_path / "pids").read_text():
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout and process.stdout.read()
-        time.sleep(0.05)
-    return [int(pid) for pid in (tmp_path / "pids").read_text().split()]
-
-
-def lives(pid: int) -> bool:
-    try:
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-
-
-def test_kill_in_the_middle_of_a_stage_then_the_same_command_completes(tmp_path: Path) -> None:
-    process = start(tmp_path, "slow")
-    pids = wait_until_slow(tmp_path, process)
-    process.kill()
-    process.wait(timeout=10)
-    os.kill(pids[1], signal.SIGKILL)  # the stage's child is Ray's to end; here there is no Ray
-    run_dir = RunDir(tmp_path / "run")
-    assert (tmp_path / "run/climb.partial/half_written").exists() and run_dir.read_complete("climb") is None
-    assert run_dir.holder() is None
-    again = start(tmp_path, "quick")
-    output, _ = again.communicate(timeout=60)
-    assert again.returncode == 0 and "ran climb score" in output, output
-    assert run_dir.read_complete("climb", verify=True) and not (tmp_path / "run/climb/half_written").exists()
-
-
-@pytest.mark.parametrize(
-    ("how", "number", "exit_code"),
-    [
-        ("slow", signal.SIGINT, 130),
-        ("slow", signal.SIGTERM, 143),
-        ("ray", signal.SIGTERM, 143),
-        ("deaf", signal.SIGINT, 130),
-    ],
-)
-def test_signal_stops_within_ten_seconds_and_leaves_no_process(
-    tmp_path: Path, how: str, number: signal.Signals, exit_code: int
-) -> None:
-    process = start(tmp_path, how)
-    pids = wait_until_slow(tmp_path, process)
-    began = time.monotonic()
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=30)
-    assert time.monotonic() - began < 10
-    assert process.returncode == exit_code, output
-    assert not any(lives(pid) for pid in pids)
-    if how != "deaf":
-        assert "Resume with" in output
-        assert RunDir(tmp_path / "run").read_events()[-1]["exit_code"] == exit_code
-
-
-def test_second_signal_leaves_at_once(tmp_path: Path) -> None:
-    process = start(tmp_path, "deaf")
-    pids = wait_until_slow(tmp_path, process)
-    began = time.monotonic()
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
-    assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=30)
-    assert time.monotonic() - began < 4 and process.returncode == 130
-    assert not any(lives(pid) for pid in pids)
 
 
 def test_nothing_to_do_imports_nothing_heavy(tmp_path: Path) -> None:

@@ -6,12 +6,13 @@ import gzip
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from rewards.grade import grade
-from rewards.sandbox import Sandbox
+from rewards.sandbox import Limits, Sandbox
 from rewards.task import Score, Task
 
 DATA = Path(os.environ.get("DROVER_DATA", Path(__file__).parents[3] / "shared" / "data")) / "humaneval.jsonl.gz"
@@ -21,6 +22,12 @@ INCREMENT = {
     "test": "def check(candidate):\n    assert candidate(1) == 2\n    assert candidate(5) == 6\n",
     "entry_point": "add_one",
 }
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(workers=2, limits=Limits(cpu_s=1, wall_s=20.0)) as running:
+        yield running
 
 
 def grade_answer(check: dict[str, str], text: str, sandbox: Sandbox) -> Score:
