@@ -34,12 +34,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Llama4TextConfig
 
-from model.config import TinyShape, tiny
-from model.param_groups import COMPLETE_P, STANDARD, Rules, initialise, parameter_groups
-from model.tensor_map import Config
-from model.transformer import MoeForCausalLM
-
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # before this folder, whose model.py would be taken for the package
+
+from model.config import TinyShape, tiny  # noqa: E402
+from model.param_groups import COMPLETE_P, STANDARD, Rules, initialise, parameter_groups  # noqa: E402
+from model.tensor_map import Config  # noqa: E402
+from model.transformer import MoeForCausalLM  # noqa: E402
+
 PARAMETRISATIONS: dict[str, Rules] = {"ours": COMPLETE_P, "standard": STANDARD}
 HEAD_DIM = 32
 NUM_EXPERTS = 8

@@ -7,7 +7,7 @@
 
 On a CPU each is a loop of `torch.mm` into slices of one output: `torch.nn.functional.grouped_mm` does the same, but
 allocates every expert's part and copies it, which costs most where experts are many. In fp32 a wide weight is
-multiplied, and its gradient made, in slices of rows: MKL packs a matrix before it multiplies, and one that is not in the
+multiplied, and its gradient made, in slices of rows: MKL packs a matrix before it multiplies, and one not in the
 cache yet is packed faster in slices (docs/log.md has the figures). On CUDA it is torch's function, from compute
 capability 9.0 on (not measured on a GPU).
 
