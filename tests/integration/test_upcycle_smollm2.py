@@ -50,6 +50,7 @@ def test_parameters_as_printed(upcycled: tuple[Path, Upcycled]) -> None:
 
 
 def test_logits_equal_in_fp32(upcycled: tuple[Path, Upcycled], prompts: list[list[int]]) -> None:
+    """As near to the dense model in fp64 as the dense model in fp32 is: what differs is rounding, over 30 layers."""
     import torch
     from transformers import Llama4ForCausalLM, LlamaForCausalLM
 
@@ -59,18 +60,23 @@ def test_logits_equal_in_fp32(upcycled: tuple[Path, Upcycled], prompts: list[lis
 
     @torch.no_grad()
     def logits(policy) -> torch.Tensor:
-        return policy.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()]
+        return policy.eval()(input_ids=ids, attention_mask=mask).logits[mask.bool()].double()
 
-    expected = logits(LlamaForCausalLM.from_pretrained(resolve(DENSE), dtype=torch.float32))
+    def dense(dtype: torch.dtype) -> torch.Tensor:
+        return logits(LlamaForCausalLM.from_pretrained(resolve(DENSE), dtype=dtype))
+
+    truth = dense(torch.float64)
     target, _ = upcycled
-    for name, load in (
-        ("transformers", lambda: Llama4ForCausalLM.from_pretrained(target, dtype=torch.float32)),
-        ("ours", lambda: load_policy(target)),
-    ):
-        difference = (logits(load()) - expected).abs().max().item()
-        print(f"{name}: max |Δlogit| {difference:.1e}, {len(expected)} tokens, logits up to {expected.abs().max():.0f}")
-        # fp32 rounding over 30 layers: the dense model's own eager and fused attention differ by 8e-5.
-        assert difference < 3e-4
+    errors = {
+        "dense": dense(torch.float32) - truth,
+        "transformers": logits(Llama4ForCausalLM.from_pretrained(target, dtype=torch.float32)) - truth,
+        "ours": logits(load_policy(target)) - truth,
+    }
+    largest = {name: error.abs().max().item() for name, error in errors.items()}
+    rms = {name: error.square().mean().sqrt().item() for name, error in errors.items()}
+    print(f"{len(truth)} tokens, logits up to {truth.abs().max():.0f}; errors: max {largest}, rms {rms}")
+    for name in ("transformers", "ours"):
+        assert rms[name] < 1.5 * rms["dense"] and largest[name] < 2 * largest["dense"]
 
 
 def test_greedy_answers_equal_in_vllm(upcycled: tuple[Path, Upcycled], prompts: list[list[int]]) -> None:
