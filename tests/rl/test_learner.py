@@ -315,3 +315,30 @@ def test_bfloat16_keeps_small_steps_in_the_weights_and_publishes_a_cast_copy(che
     made.step(batch(), str(tmp_path / "w.safetensors"))
     assert any(not torch.equal(p, before[name]) for name, p in made.model.named_parameters())
     assert {tensor.dtype for tensor in load_file(tmp_path / "w.safetensors").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
+def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, family):
+    import transformers
+
+    from model.checkpoint import load_policy
+    from model.tokenizer import load_tokenizer
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path / "source")
+    load_tokenizer(checkpoint).save_pretrained(tmp_path / "source")
+    made = learner(str(tmp_path / "source"))
+    assert type(made.model).__name__ == f"{family}ForCausalLM"
+    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    report = made.step(batch(), str(tmp_path / "v1.safetensors"))
+    assert report.metrics["grad_norm"] > 0 and "router/max_vio" not in report.metrics
+    moved = {name for name, tensor in made.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved == before.keys()
+    made.save(str(tmp_path / "out"))
+    published, saved = load_file(tmp_path / "v1.safetensors"), load_policy(tmp_path / "out").state_dict()
+    assert published.keys() == load_file(tmp_path / "source" / "model.safetensors").keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in published.items())
