@@ -5,7 +5,7 @@ Called by the trainers of every stage. What FP8 is: `model/kernels/fp8.py`. Mast
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from model.fp8_gauges import Fp8Gauges, Fp8Watch, worst_of
@@ -64,6 +64,12 @@ class Fp8Training:
             if self.watch.observe(layer, stats):
                 self.experts[layer].precision = None
         return metrics
+
+    def give_back(self, fallen_back: Mapping[int, str]) -> None:
+        """The layers that an earlier part of this run gave back, with the reasons of then."""
+        self.watch.fallen_back = dict(fallen_back)
+        for layer in fallen_back:
+            self.experts[layer].precision = None
 
     def as_served(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same weights as an engine without FP8 needs them to sample what FP8 would: rounded to FP8 and back."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -106,26 +107,34 @@ def recorded_shares(replays: Iterable[torch.Tensor], num_experts: int) -> torch.
     return torch.stack([counts_E / counts_E.sum() for counts_E in counts])
 
 
+@dataclass
 class DriftProbe:
     """A few hundred tokens, and where the weights that a stage began with sent them."""
 
-    def __init__(self, model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> None:
+    ids_BS: torch.Tensor
+    real_BS: torch.Tensor
+    logits_LTE: list[torch.Tensor]
+    expert_LT: list[torch.Tensor]
+
+    @classmethod
+    def taken(cls, model: PreTrainedModel, documents: Sequence[Sequence[int]]) -> DriftProbe:
         rows = probe_rows(documents, PROBE_TOKENS)
-        self.ids_BS = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long, device=model.device)
-        self.real_BS = torch.zeros_like(self.ids_BS, dtype=torch.bool)
+        ids_BS = torch.zeros((len(rows), max(map(len, rows))), dtype=torch.long, device=model.device)
+        real_BS = torch.zeros_like(ids_BS, dtype=torch.bool)
         for i, row in enumerate(rows):
-            self.ids_BS[i, : len(row)] = torch.tensor(row)
-            self.real_BS[i, : len(row)] = True
-        self.start = routes_of(model, self.ids_BS, self.real_BS)
+            ids_BS[i, : len(row)] = torch.tensor(row)
+            real_BS[i, : len(row)] = True
+        start = routes_of(model, ids_BS, real_BS)
+        return cls(ids_BS, real_BS, [route.logits_TE for route in start], [route.own_expert_T for route in start])
 
     def by_layer(self, model: PreTrainedModel) -> list[dict[str, float]]:
         now = routes_of(model, self.ids_BS, self.real_BS)
         return [
             {
-                "drift": float(jensen_shannon(normalised_gates(a.logits_TE), normalised_gates(b.logits_TE)).mean()),
-                "moved": float((a.own_expert_T != b.own_expert_T).double().mean()),
+                "drift": float(jensen_shannon(normalised_gates(logits_TE), normalised_gates(route.logits_TE)).mean()),
+                "moved": float((expert_T != route.own_expert_T).double().mean()),
             }
-            for a, b in zip(self.start, now, strict=True)
+            for logits_TE, expert_T, route in zip(self.logits_LTE, self.expert_LT, now, strict=True)
         ]
 
 

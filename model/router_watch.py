@@ -57,6 +57,13 @@ class RouterWatch:
         self.router_loss: RouterLoss | None = None
         self.load = RouterLoad()
 
+    def state(self) -> dict[str, Any] | None:
+        """What drift is measured from, for a run that goes on later; None before the first step."""
+        return vars(self.probe) if self.probe else None
+
+    def restore(self, state: dict[str, Any] | None) -> None:
+        self.probe = DriftProbe(**state) if state else None
+
     def begin_step(self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch] | None = None) -> None:
         """`batches` make up the step, over all trainers; `own` of them are this trainer's. The balance loss has to know
         where the whole batch goes before the first gradient: from a replay, or by a forward pass that only counts."""
@@ -65,7 +72,7 @@ class RouterWatch:
         if self.probe is None and self.watch_drift:
             documents = [document for batch in batches for document in batch.documents()]
             with self.autocast():
-                self.probe = DriftProbe(self.model, documents)
+                self.probe = DriftProbe.taken(self.model, documents)
         self.load, self.router_loss = RouterLoad(), None
         if self.balance_coef or self.z_coef:
             self.router_loss = RouterLoss(

@@ -166,6 +166,16 @@ class ActorHost:
 # --- the caller's side of an actor --------------------------------------------------------------------------------
 
 
+class ActorGone(InfrastructureError):
+    """The actor's process ended, or a call passed its deadline."""
+
+
+class ActorFailed(InfrastructureError):
+    """A method raised. `kind` is the name of the error's class."""
+
+    kind = ""
+
+
 class Actor:
     """A handle to one actor. Every call names its deadline; whatever goes wrong names actor, method and cause."""
 
@@ -218,7 +228,9 @@ class Actor:
             error = kind(message)
             error.add_note(f"in actor {self.name}, {method}; its log is {self.log}")
             raise error
-        raise InfrastructureError(f"actor {self.name}: {method} failed: {message}\n{self.last_lines()}")
+        failed = ActorFailed(f"actor {self.name}: {method} failed: {message}\n{self.last_lines()}")
+        failed.kind = message.split(":")[0]
+        raise failed
 
     def _abandon(self, reference: Any) -> None:
         import ray
@@ -226,17 +238,15 @@ class Actor:
         with contextlib.suppress(Exception):
             ray.cancel(reference)
 
-    def _late(self, method: str, timeout_s: float) -> InfrastructureError:
+    def _late(self, method: str, timeout_s: float) -> ActorGone:
         if self._pid and _is_actor_process(self._pid):
             os.kill(self._pid, signal.SIGUSR1)  # its stacks go to its log
             time.sleep(0.3)
-        return InfrastructureError(
-            f"actor {self.name}: {method} did not answer within {timeout_s:g} s\n{self.last_lines()}"
-        )
+        return ActorGone(f"actor {self.name}: {method} did not answer within {timeout_s:g} s\n{self.last_lines()}")
 
-    def _lost(self, method: str, error: BaseException) -> InfrastructureError:
+    def _lost(self, method: str, error: BaseException) -> ActorGone:
         cause = " ".join(str(error).split())
-        return InfrastructureError(f"actor {self.name} died during {method}: {cause}\n{self.last_lines()}")
+        return ActorGone(f"actor {self.name} died during {method}: {cause}\n{self.last_lines()}")
 
     def last_lines(self) -> str:
         """The end of the actor's log, headed by where it lies."""
@@ -397,6 +407,15 @@ class Cluster:
             one.pristine = None
         return [one.actor for one in engines]
 
+    def replace_generator(self, actor: Actor, engine: EngineSettings, architecture_digest: str) -> Actor:
+        """A new process with a new engine, on `engine.checkpoint`, in the place of one that may be dead or stuck."""
+        self.stop(actor)
+        fresh = self._start_engine(engine, engine.reuse_key(architecture_digest))
+        self._finish_start(fresh)
+        fresh.pristine = None
+        self._engines.append(fresh)
+        return fresh.actor
+
     def prestart_generators(self, engine: EngineSettings, architecture_digest: str, count: int | None = None) -> None:
         """Begin what `generators` will ask for, without waiting. Engines handed out before are no longer the caller's.
 
@@ -446,7 +465,7 @@ class Cluster:
             self.stop(one.actor)
             raise
         seconds = round(time.perf_counter() - one.since, 3)
-        self.emit("actor_started", actor=one.actor.name, seconds=seconds, parts=parts)
+        self.emit("actor_started", actor=one.actor.name, pid=one.actor._pid, seconds=seconds, parts=parts)
 
     def _is_well(self, one: _Engine) -> bool:
         try:

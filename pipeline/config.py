@@ -7,6 +7,7 @@ checked in well under two seconds on a machine without torch.
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -16,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -23,6 +25,8 @@ from pydantic import (
 from model.precision import Format as Fp8Format
 from model.precision import Fp8Settings
 from model.precision import Recipe as Fp8Recipe
+from rl.health import DEFAULT_LIMITS, Limit
+from rl.losses import Objective
 
 Domain = Literal["maths", "code", "reasoning", "dialogue"]
 DOMAINS: tuple[Domain, ...] = get_args(Domain)
@@ -224,11 +228,64 @@ class CurriculumSettings(Section):
 
 
 class ObjectiveSettings(Section):
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = Field("rloo", description="how a group's scores become advantages")
-    clip_low: PositiveFloat = Field(0.2, description="trust region: ratio floor is 1 - clip_low")
-    clip_high: PositiveFloat = Field(0.28, description="trust region: ratio ceiling is 1 + clip_high")
-    mismatch_cap: PositiveFloat = Field(2.0, description="truncated importance weight: min(π_old/μ, cap)")
+    """The policy gradient's switches; formulas and sources are in `rl/losses.py`."""
+
+    advantage: Literal["rloo", "grpo", "dr_grpo", "max_rl", "pass_at_k"] = Field(
+        "rloo", description="how a group's scores become advantages"
+    )
+    pass_at_k: PositiveInt = Field(1, description="k of advantage: pass_at_k, less than group_size")
+    ratio: Literal["token", "sequence"] = Field("token", description="of π to the proximal policy: each token's, or "
+                                                "its whole answer's geometric mean (GSPO)")  # fmt: skip
+    trust_region: Literal["none", "ppo", "cispo", "dppo"] = "ppo"
+    clip_low: PositiveFloat = Field(0.2, description="ratio floor is 1 - clip_low; of the probability itself for dppo")
+    clip_high: PositiveFloat = Field(0.28, description="ratio ceiling is 1 + clip_high; of the probability for dppo")
+    ratio_cap: PositiveFloat = Field(2.0, description="bounds the ratio where ppo and dppo leave it open: min(r, cap)")
+    proximal: Literal["recomputed", "rollout", "log_linear"] = Field(
+        "rollout", description="the policy that the trust region is around: the learner at the start of the step, the "
+        "one that sampled, or in between by staleness",
+    )  # fmt: skip
+    mismatch: Literal["none", "tis", "icepop", "sequence_mask"] = Field(
+        "none", description="what becomes of proximal/sampler weights that are far from 1"
+    )
+    mismatch_low: PositiveFloat = 0.5
+    mismatch_high: PositiveFloat = 2.0
+    aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
+    entropy_coef: Annotated[float, Field(ge=0.0)] = 0.0
+    kl_coef: Annotated[float, Field(ge=0.0)] = Field(0.0, description="of the divergence from the policy that sampled")
     overlong_penalty: Share = Field(0.0, description="taken from the score of a truncated answer")
+    overlong_buffer_tokens: Annotated[int, Field(ge=0)] = Field(
+        0, description="the penalty begins that many tokens before the limit, and grows linearly"
+    )
+
+    def switches(self) -> Objective:
+        names = {field.name for field in fields(Objective)}
+        return Objective(**{name: value for name, value in self if name in names})
+
+    def idle_keys(self) -> dict[str, str]:
+        idle: dict[str, str] = {}
+        if self.trust_region == "none":
+            idle |= dict.fromkeys(("clip_low", "clip_high"), "trust_region is none")
+        if self.trust_region in ("none", "cispo"):
+            idle["ratio_cap"] = f"trust_region {self.trust_region} bounds both sides, or none"
+        if self.proximal == "rollout":
+            idle["mismatch"] = "proximal rollout leaves no weight beside the ratio; see recomputed"
+        if self.mismatch == "none" or self.proximal == "rollout":
+            idle |= dict.fromkeys(("mismatch_low", "mismatch_high"), "no mismatch correction is at work")
+        elif self.mismatch == "tis":
+            idle["mismatch_low"] = "tis has no lower bound"
+        if self.advantage != "pass_at_k":
+            idle["pass_at_k"] = f"advantage is {self.advantage}"
+        if not self.overlong_penalty:
+            idle["overlong_buffer_tokens"] = "overlong_penalty is 0"
+        return {f"objective.{key}": why for key, why in idle.items()}
+
+
+class HealthLimit(Section):
+    """Replaces a limit of `rl/health.py`; null: never."""
+
+    warn: float | None = Field(None, description="past it the run says so")
+    stop: float | None = Field(None, description="past it for three steps the run ends with exit 5; engines may first "
+                               "be given their weights again")  # fmt: skip
 
 
 class OnlineRlStage(Stage):
@@ -241,6 +298,12 @@ class OnlineRlStage(Stage):
     groups_per_step: PositiveInt = 16
     group_size: Annotated[int, Field(ge=2)] = Field(16, description="answers per task")
     max_staleness: Annotated[int, Field(ge=0)] = Field(2, description="no token is trained on at a higher staleness")
+    sync_every_steps: PositiveInt = Field(
+        1, description="steps between two exchanges of the engines' weights; at most max_staleness + 1"
+    )
+    save_every_steps: Annotated[int, Field(ge=0)] = Field(
+        10, description="steps between two states that a killed run goes on from; 0: it begins again"
+    )
     max_answer_tokens: PositiveInt = 160
     temperature: PositiveFloat = 1.0
     learning_rate: PositiveFloat = 2e-4
@@ -260,12 +323,28 @@ class OnlineRlStage(Stage):
     )
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()
+    health: dict[str, HealthLimit] = Field(
+        {}, description=f"metric: {{warn, stop}}, in the place of the built-in limit of {', '.join(DEFAULT_LIMITS)}"
+    )
     deadline_s: PositiveFloat = Field(
         300.0, description="longest wait for one group's answers (queueing included), one step or one weight sync"
     )
 
+    @field_validator("health")
+    @classmethod
+    def _known_metrics(cls, health: dict[str, HealthLimit]) -> dict[str, HealthLimit]:
+        for name in health.keys() - DEFAULT_LIMITS.keys():
+            raise ValueError(f"{name!r} has no limit; known are {', '.join(DEFAULT_LIMITS)}")
+        return health
+
+    def health_limits(self) -> dict[str, Limit]:
+        changed = {
+            name: replace(DEFAULT_LIMITS[name], warn=limit.warn, stop=limit.stop) for name, limit in self.health.items()
+        }
+        return DEFAULT_LIMITS | changed
+
     def idle_keys(self) -> dict[str, str]:
-        idle = self.router.idle_keys()
+        idle = self.router.idle_keys() | self.objective.idle_keys()
         if not isinstance(self.tasks, DatasetTasks):
             idle["tasks.tasks_per_level"] = "the curriculum draws generated tasks without end"
         return idle

@@ -1,34 +1,46 @@
 """Stage `online_rl`: brings engines and learner up, hands the loop what it needs, and writes down what happened.
 
 Artifacts: `checkpoint/`, `rollouts.parquet` (every answer), `steps.jsonl` (a row of metrics a step),
-`curriculum.jsonl` (every posterior after every step).
+`curriculum.jsonl` (every posterior after every step). While it runs there are also `state/` (the newest of
+`rl/run_state.py`) and `rollouts/` (a file a step); a run that was killed goes on from them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
+from pipeline.cluster import Actor, ActorFailed
 from pipeline.config import DatasetTasks, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks, task_to_json
 from pipeline.engines import engine_settings
 from pipeline.stage import DataError, GateStopped, InfrastructureError, StageContext
 from pipeline.trainer_actor import fp8_settings
 from rewards.task import Task
-from rl.controller import LeaseExhausted
+from rl.controller import LeaseExhausted, NoGeneratorLeft
 from rl.curriculum import Curriculum
+from rl.health import HealthMonitor
 from rl.learner import LearnerSettings, PolicyLearner
 from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, StepRecord, TaskPool
-from rl.types import RolloutGroup, SampledAnswer, SampleRequest, StepReport, SyncReport, TrainBatch
+from rl.run_state import LEARNER, RunState, RunStates
+from rl.types import (
+    GeneratorGone,
+    RolloutGroup,
+    SampledAnswer,
+    SampleRequest,
+    StepReport,
+    SyncRefused,
+    SyncReport,
+    TrainBatch,
+)
 
-if TYPE_CHECKING:
-    from pipeline.cluster import Actor
-
+T = TypeVar("T")
 GRADER_THREADS = 2
 
 
@@ -57,8 +69,14 @@ def run(context: StageContext) -> dict[str, Any]:
             learners.append(cluster.start(f"{stage.name}-learner-{settings.rank}", PolicyLearner, settings))
         asyncio.run(_start_all(learners, context.recipe.cluster.start_deadline_s))
         actors = cluster.generators(engine, architecture_digest(checkpoint))
+
+        def replace_generator(actor: Actor) -> Actor:
+            return cluster.replace_generator(actor, engine, architecture_digest(checkpoint))
+
         with Sandbox() as sandbox, ThreadPoolExecutor(GRADER_THREADS, "grader") as graders:
-            log = StepLog(context, stage.steps, pool)
+            states = RunStates(context.work / "state")
+            newest = states.newest()
+            log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
             loop = AsyncLoop(
                 loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), cluster.shared_dir),
                 TaskPool(
@@ -68,26 +86,39 @@ def run(context: StageContext) -> dict[str, Any]:
                     grade=lambda task, text: grade(task, text, sandbox),
                 ),
                 Curriculum(pool.domains, seed=context.seed, **stage.curriculum.model_dump()),
-                [RemoteGenerator(actor, stage.deadline_s) for actor in actors],
+                [RemoteGenerator(actor, stage.deadline_s, replace_generator) for actor in actors],
                 RemoteLearner(learners, stage.deadline_s),
                 graders,
+                states,
+                HealthMonitor(stage.health_limits()),
                 on_step=log.write,
                 on_lost=log.write_lost,
                 on_event=context.emit,
             )
             try:
-                asyncio.run(loop.run(publish_first=stage.fp8 is not None))
+                asyncio.run(_run(loop, newest, context))
             finally:
                 log.close()
+            log.finish()
         learners[0].call("save", str(context.work / "checkpoint"), timeout_s=stage.deadline_s)
+        states.remove()
     except HealthStop as error:
         raise GateStopped(str(error)) from error
-    except (SandboxUnavailable, LeaseExhausted, NothingGraded) as error:
+    except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft, NothingGraded) as error:
         raise InfrastructureError(str(error)) from error
     finally:
         for learner in learners:
             cluster.stop(learner)
     return log.summary()
+
+
+async def _run(loop: AsyncLoop, newest: tuple[RunState, Path] | None, context: StageContext) -> None:
+    if newest is not None:
+        state, folder = newest
+        await loop.resume(state, str(folder / LEARNER))
+        version, groups = state.protocol.version, len(state.groups)
+        context.emit("note", text=f"resumed after step {version}, with {groups} finished groups")
+    await loop.run()
 
 
 async def _start_all(learners: Sequence[Actor], deadline_s: float) -> None:
@@ -96,16 +127,38 @@ async def _start_all(learners: Sequence[Actor], deadline_s: float) -> None:
 
 
 class RemoteGenerator:
-    """A generator actor behind the loop's protocol, every call with a deadline."""
+    """The place of one generator behind the loop's protocol: each call has a deadline, a dead actor a successor."""
 
-    def __init__(self, actor: Actor, deadline_s: float) -> None:
-        self.actor, self.deadline_s = actor, deadline_s
+    def __init__(self, actor: Actor, deadline_s: float, replace: Callable[[Actor], Actor]) -> None:
+        self.actor, self.deadline_s, self.replace = actor, deadline_s, replace
 
     async def sample(self, request: SampleRequest) -> list[SampledAnswer]:
-        return await self.actor.call_async("sample", request, timeout_s=self.deadline_s)
+        """ValueError is a fault of the request, whose next try would end the same way; whatever else goes wrong is one
+        of the engine."""
+        return await self._asked(
+            self.actor.call_async("sample", request, timeout_s=self.deadline_s), passed_on={"ValueError"}
+        )
 
     async def take_weights(self, path: str, version: int, expected_digest: str | None = None) -> SyncReport:
-        return await self.actor.call_async("take_weights", path, version, expected_digest, timeout_s=self.deadline_s)
+        call = self.actor.call_async("take_weights", path, version, expected_digest, timeout_s=self.deadline_s)
+        try:
+            return await self._asked(call, passed_on={"WeightsRefused"})
+        except ActorFailed as error:
+            raise SyncRefused(str(error)) from error
+
+    async def restart(self) -> None:
+        try:
+            self.actor = await asyncio.to_thread(self.replace, self.actor)
+        except InfrastructureError as error:
+            raise GeneratorGone(str(error)) from error
+
+    async def _asked(self, call: Awaitable[T], passed_on: set[str]) -> T:
+        try:
+            return await call
+        except InfrastructureError as error:
+            if isinstance(error, ActorFailed) and error.kind in passed_on:
+                raise
+            raise GeneratorGone(str(error)) from error
 
 
 class RemoteLearner:
@@ -126,18 +179,33 @@ class RemoteLearner:
     async def publish(self, path: str) -> str:
         return await self.actors[0].call_async("publish", path, timeout_s=self.deadline_s)
 
+    async def save_state(self, path: str) -> None:
+        """All learners hold the same; one writes."""
+        await self.actors[0].call_async("save_state", path, timeout_s=self.deadline_s)
+
+    async def load_state(self, path: str) -> None:
+        await asyncio.gather(
+            *(actor.call_async("load_state", path, timeout_s=self.deadline_s) for actor in self.actors)
+        )
+
 
 class StepLog:
-    """Appends what every step leaves behind."""
+    """What every step leaves behind. A resumed run keeps steps up to `after`: later ones were undone by a kill."""
 
-    def __init__(self, context: StageContext, num_steps: int, pool: Pool) -> None:
+    def __init__(self, context: StageContext, num_steps: int, pool: Pool, after: int = 0) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         self.context, self.num_steps, self.pool = context, num_steps, pool
-        self.steps: list[dict[str, Any]] = []
-        self._steps = (context.work / "steps.jsonl").open("w")
-        self._curriculum = (context.work / "curriculum.jsonl").open("w")
+        self.steps = _rows_up_to(context.work / "steps.jsonl", after)
+        _rows_up_to(context.work / "curriculum.jsonl", after)
+        self._steps = (context.work / "steps.jsonl").open("a")
+        self._curriculum = (context.work / "curriculum.jsonl").open("a")
+        self._parts = context.work / "rollouts"
+        self._parts.mkdir(exist_ok=True)
+        for part in self._parts.iterdir():
+            if part.suffix != ".parquet" or (part.stem.isdigit() and int(part.stem) > after):
+                part.unlink()
+        self._num_lost = sum(part.stem.startswith("lost") for part in self._parts.iterdir())
         self._schema = pa.schema(
             [
                 ("task_json", pa.string()),
@@ -157,10 +225,10 @@ class StepLog:
                 ("token_versions", pa.list_(pa.int32())),
             ]
         )
-        self._writer = pq.ParquetWriter(context.work / "rollouts.parquet", self._schema)
 
     def write(self, record: StepRecord) -> None:
         """One step's row of metrics, its rollouts, and the posterior of every cell tried so far."""
+        self._write_rollouts(record.groups, record.step, f"{record.step:06}")
         self.steps.append(record.metrics)
         self._steps.write(json.dumps(record.metrics) + "\n")
         self._steps.flush()
@@ -169,7 +237,7 @@ class StepLog:
             row = {"step": record.step, "cell": cell, "domain": domain, "level": level, "sampled": sampled,
                    "alpha": round(posterior.alpha, 3), "beta": round(posterior.beta, 3)}  # fmt: skip
             self._curriculum.write(json.dumps(row) + "\n")
-        self._write_rollouts(record.groups, record.step)
+        self._curriculum.flush()
         metrics = record.metrics
         self.context.progress(
             record.step,
@@ -181,11 +249,14 @@ class StepLog:
         )
 
     def write_lost(self, group: RolloutGroup) -> None:
-        """A group that nobody could grade: its rollouts stand under step 0, which trains on nothing."""
-        self._write_rollouts([group], step=0)
+        """A group that is not used, graded by nobody or too late: its rollouts stand under step 0, which trains on
+        nothing."""
+        self._num_lost += 1
+        self._write_rollouts([group], 0, f"lost-{self._num_lost:06}")
 
-    def _write_rollouts(self, groups: Sequence[RolloutGroup], step: int) -> None:
+    def _write_rollouts(self, groups: Sequence[RolloutGroup], step: int, name: str) -> None:
         import pyarrow as pa
+        import pyarrow.parquet as pq
 
         rows = [
             {
@@ -199,12 +270,22 @@ class StepLog:
             for group in groups
             for rollout in group.rollouts
         ]  # fmt: skip
-        self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema))
+        partial = self._parts / f"{name}.partial"
+        pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), partial)
+        partial.replace(partial.with_suffix(".parquet"))
 
     def close(self) -> None:
         self._steps.close()
         self._curriculum.close()
-        self._writer.close()
+
+    def finish(self) -> None:
+        """All rollouts in one file, in the order of the steps."""
+        import pyarrow.parquet as pq
+
+        with pq.ParquetWriter(self.context.work / "rollouts.parquet", self._schema) as writer:
+            for part in sorted(self._parts.iterdir()):
+                writer.write_table(pq.read_table(part, schema=self._schema))
+        shutil.rmtree(self._parts)
 
     def summary(self) -> dict[str, Any]:
         first, last = self.steps[:5], self.steps[-5:]
@@ -222,6 +303,20 @@ class StepLog:
             "ungraded": sum(step["ungraded"] for step in self.steps),
             "prompts_too_long": self.pool.num_too_long,
         }
+
+
+def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines up to a step, all that is left in it afterwards. A torn line is a later one."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= step:
+            kept.append(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    return kept
 
 
 def _mean(rows: list[dict[str, Any]], key: str) -> float:
@@ -244,9 +339,8 @@ def learner_settings(stage: OnlineRlStage, checkpoint: Path, context: StageConte
         router_learning_rate_scale=stage.router.learning_rate_scale,
         balance_coef=stage.router.balance_coef,
         z_coef=stage.router.z_coef,
-        clip_low=stage.objective.clip_low,
-        clip_high=stage.objective.clip_high,
-        mismatch_cap=stage.objective.mismatch_cap,
+        objective=stage.objective.switches(),
+        longest_answer=stage.max_answer_tokens,
         seed=context.seed,
         fp8=fp8_settings(stage.fp8),
         world_size=context.recipe.cluster.learners,
@@ -265,8 +359,12 @@ def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared:
         temperature=stage.temperature,
         stop_token_ids=stop_token_ids,
         advantage=stage.objective.advantage,
+        pass_at_k=stage.objective.pass_at_k,
         overlong_penalty=stage.objective.overlong_penalty,
+        overlong_buffer=stage.objective.overlong_buffer_tokens,
         weights_path=str(shared / "v{version}.safetensors"),
+        sync_every=stage.sync_every_steps,
+        save_every=stage.save_every_steps,
     )
 
 

@@ -32,6 +32,7 @@ from pipeline.config import (
 from pipeline.engines import LONGEST_TOKENS
 from pipeline.recipe_checks import max_positions, nearest, origin
 from pipeline.stage import RecipeError
+from rl.controller import Bounds
 from rl.types import EngineSettings
 
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -245,14 +246,9 @@ def num_tasks(source: TaskSource) -> int | None:
 
 
 def online_arithmetic(stage: OnlineRlStage) -> dict[str, str]:
-    """Rollouts, tokens and staleness.
-
-    Admission: with the learner at version v and max_staleness s, no more than (v + s + 1) · groups_per_step groups may
-    ever have been leased. So at most (s + 1) · groups_per_step are open at once, and a group leased at version v is
-    trained on at version v + s at the latest.
-    """
+    """Rollouts, tokens, and what follows from groups_per_step, max_staleness and sync_every_steps: `rl.controller`."""
+    bounds = Bounds(stage.groups_per_step, stage.max_staleness, stage.sync_every_steps)
     rollouts = stage.groups_per_step * stage.group_size
-    open_groups = (stage.max_staleness + 1) * stage.groups_per_step
     bound = f"no trained token is more than {stage.max_staleness} version(s) older than the learner"
     synchronous = "0: every token comes from the policy that is stepped (synchronous)"
     return {
@@ -261,7 +257,7 @@ def online_arithmetic(stage: OnlineRlStage) -> dict[str, str]:
         "whole stage": f"{stage.steps} steps, {_count(stage.steps * rollouts)} rollouts, "
         f"at most {_count(stage.steps * rollouts * stage.max_answer_tokens)} tokens",
         "staleness bound": bound if stage.max_staleness else synchronous,
-        "in flight": f"at most {open_groups} groups, {_count(open_groups * stage.group_size)} rollouts",
+        "in flight": f"at most {bounds.groups} groups, {_count(bounds.groups * stage.group_size)} rollouts",
     }
 
 

@@ -314,6 +314,15 @@ def _stage_arithmetic(stage: AnyStage) -> Iterator[tuple[str, str]]:
                 f"{stage.micro_batch_tokens} cannot hold one answer of max_answer_tokens, {stage.max_answer_tokens}."
             )
             yield "micro_batch_tokens", problem
+        if stage.objective.pass_at_k >= stage.group_size:
+            k, n = stage.objective.pass_at_k, stage.group_size
+            yield "objective.pass_at_k", f"{k} of group_size {n}; the estimator needs at least one answer more than k."
+        if stage.sync_every_steps > stage.max_staleness + 1:
+            problem = (
+                f"{stage.sync_every_steps}, but max_staleness is {stage.max_staleness}: learner and engines would wait "
+                f"for each other for ever; write at most {stage.max_staleness + 1}, or a larger max_staleness."
+            )
+            yield "sync_every_steps", problem
     if isinstance(stage, BootstrapStage):
         yield from _bootstrap_shape(stage)
 

@@ -30,6 +30,7 @@ Manifest = dict[str, Any]  # the content of manifest.json
 Event = dict[str, Any]  # one line of events.jsonl: "time", "event", "stage" and the event's own fields
 
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+IDENTITY = ".identity"  # of the stage that wrote a partial folder, where it can go on from it
 LOCK_TRIES, LOCK_RETRY_S = 10, 0.05  # `holder` takes the lock for an instant; a start must outwait that
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -103,13 +104,19 @@ class RunDir:
     def stage_folder(self, name: str) -> Path:
         return self.path / name
 
-    def open_partial(self, name: str) -> Path:
-        """An empty folder for a stage to write into; what a killed run left there is removed."""
+    def open_partial(self, name: str, keep: str | None = None) -> Path:
+        """A folder for a stage to write into. What a killed run left there is removed, unless it was opened with the
+        same `keep`, the identity of a stage that can go on from it."""
         partial = self.path / f"{name}.partial"
+        mark = partial / IDENTITY
         with _disk_trouble(partial):
+            if keep is not None and mark.exists() and mark.read_text() == keep:
+                return partial
             if partial.exists():
                 shutil.rmtree(self._move_aside(partial))
             partial.mkdir(parents=True)
+            if keep is not None:
+                mark.write_text(keep)
         return partial
 
     def publish(self, name: str, manifest: Mapping[str, Any]) -> Manifest:
@@ -121,6 +128,7 @@ class RunDir:
         """
         partial, place = self.path / f"{name}.partial", self.stage_folder(name)
         with _disk_trouble(partial):
+            (partial / IDENTITY).unlink(missing_ok=True)
             outputs = _sync_outputs(partial)
             complete = dict(manifest) | {
                 "outputs": {path: digest for path, (digest, _) in outputs.items()},

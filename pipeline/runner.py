@@ -34,7 +34,15 @@ from pipeline.code_version import ROOT, code_version
 from pipeline.config import AnyStage, DatasetTasks, EvaluateStage, JudgeFilterStage, Recipe, stage_references
 from pipeline.progress import LiveView
 from pipeline.run_dir import MANIFEST, Manifest, RunDir, disk_full_message, is_disk_full
-from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError, StageContext, StageFunction
+from pipeline.stage import (
+    RESUMABLE,
+    DataError,
+    GateStopped,
+    InfrastructureError,
+    RecipeError,
+    StageContext,
+    StageFunction,
+)
 from pipeline.stopping import StopGuard
 from rewards.task import BadTask
 
@@ -314,7 +322,9 @@ class _Run:
         self.current = stage.name
         inputs = _input_names(stage, self.recipe)
         seed = stage_seed(self.recipe.run.seed, stage.name)
-        work = self.run_dir.open_partial(stage.name)
+        if self.fresh:
+            self.run_dir.open_partial(stage.name)  # without a mark: nothing to go on from
+        work = self.run_dir.open_partial(stage.name, keep=identity if stage.kind in RESUMABLE else None)
         self.emit("stage_started", kind=stage.kind)
         started = time.monotonic()
         run_stage = self.doors.load_stage(stage.kind)

@@ -38,7 +38,7 @@ class GateStopped(Exception):
 class StageContext:
     stage: AnyStage
     recipe: Recipe
-    work: Path  # an empty folder; everything left in it is published
+    work: Path  # everything left in it is published; empty, unless a RESUMABLE stage was killed and goes on
     inputs: Mapping[str, Path]  # earlier stage name → its published folder
     seed: int  # derived from run.seed and the stage's name
     cluster: Cluster  # starts Ray at the first use
@@ -62,4 +62,5 @@ class StageContext:
             raise InfrastructureError(str(error)) from error
 
 
+RESUMABLE = frozenset({"online_rl"})  # kinds that go on from what a killed run left in `work`
 StageFunction = Callable[[StageContext], dict[str, Any]]

@@ -35,6 +35,7 @@ class MicroBatch:
     generator_logprobs: torch.Tensor  # [T] fp32
     advantages: torch.Tensor  # [T] fp32
     staleness: torch.Tensor  # [T] int64: learner version minus token version
+    answer: torch.Tensor  # [T] int64: the row of the token
 
 
 def micro_batches(batch: TrainBatch, max_tokens: int, share_prompts: bool = False) -> list[MicroBatch]:
@@ -119,4 +120,5 @@ def _pad(batch: TrainBatch, cut: list[_Row], num_layers: int | None) -> MicroBat
         generator_logprobs=torch.tensor([value for row in rows for value in batch.generator_logprobs[row]]),
         advantages=torch.tensor([batch.advantages[row] for row in rows for _ in batch.answer_ids[row]]),
         staleness=torch.tensor([batch.version - version for row in rows for version in batch.token_versions[row]]),
+        answer=torch.tensor([i for i, row in enumerate(rows) for _ in batch.answer_ids[row]]),
     )

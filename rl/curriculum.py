@@ -11,7 +11,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 PRIOR = 1.0  # Beta(1, 1): any pass rate is as likely as any other
 
@@ -76,6 +77,23 @@ class Curriculum:
     def observe(self, cell: str, passes: float, total: int, version: int) -> None:
         """`passes` of `total` answers of one group were right, sampled at `version`."""
         self.posteriors[cell].observe(passes, total, version, self.decay)
+
+    def state(self) -> dict[str, Any]:
+        """All that `restore` needs to draw on as if nothing had happened; JSON."""
+        version, numbers, gauss = self._rng.getstate()
+        return {
+            "posteriors": {cell: asdict(one) for cell, one in self.posteriors.items() if one != Posterior()},
+            "sampled": dict(self.sampled),
+            "turn": self._turn,
+            "rng": [version, list(numbers), gauss],
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        for cell, numbers in state["posteriors"].items():
+            self.posteriors[cell] = Posterior(**numbers)
+        self.sampled, self._turn = Counter(state["sampled"]), state["turn"]
+        version, numbers, gauss = state["rng"]
+        self._rng.setstate((version, tuple(numbers), gauss))
 
     def _drawn_distance(self, cell: str) -> tuple[float, float]:
         """Distance of one posterior draw from the band; a second number breaks ties within it at random."""

@@ -22,6 +22,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from model.precision import Fp8Settings
+from rl.losses import Denominators, Objective, PolicyLoss, Tokens, policy_loss
 from rl.types import StepReport, TrainBatch
 
 if TYPE_CHECKING:
@@ -50,9 +51,8 @@ class LearnerSettings:
     router_learning_rate_scale: float
     balance_coef: float
     z_coef: float
-    clip_low: float
-    clip_high: float
-    mismatch_cap: float
+    objective: Objective
+    longest_answer: int  # tokens
     seed: int
     fp8: Fp8Settings | None = None  # of the routed experts' products
     rank: int = 0
@@ -154,6 +154,30 @@ class PolicyLearner:
         served = self.fp8.as_served(self.model.named_parameters()) if self.fp8 else None
         return publish_weights(stored_weights(self.model, self._published_dtype(), served), path)
 
+    def save_state(self, path: str) -> None:
+        """All that the next step depends on, and what its gauges are measured from."""
+        import torch
+
+        fallen_back = self.fp8.watch.fallen_back if self.fp8 else {}
+        state = {
+            "version": self.version, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "fp8_fallen_back": fallen_back, "routers": self.routers.state(), "random": torch.get_rng_state(),
+        }  # fmt: skip
+        torch.save(state, path)
+
+    def load_state(self, path: str) -> None:
+        """What `save_state` wrote; after `start`."""
+        import torch
+
+        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        self.version = state["version"]
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.fp8:
+            self.fp8.give_back(state["fp8_fallen_back"])
+        self.routers.restore(state["routers"])
+        torch.set_rng_state(state["random"].cpu())
+
     def save(self, directory: str) -> None:
         """Write a complete checkpoint."""
         from model.checkpoint import save_policy
@@ -173,15 +197,15 @@ class PolicyLearner:
 
         settings = self.settings
         cuts = micro_batches(batch, settings.micro_batch_tokens, share_prompts=self._shares_prompts())
-        denominator = float(sum(len(cut.advantages) for cut in cuts))
-        if denominator == 0:
+        denominators = self._denominators(cuts)
+        if denominators.tokens == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
         routed = [RoutedBatch(cut.ids_BS, cut.real_BS, cut.replay_BSM, cut.position_BS) for cut in cuts]
         own = slice(settings.rank, None, settings.world_size)
         self.routers.begin_step(routed, routed[own])
         gauges = Gauges()
         for cut in cuts[own]:
-            gauges.add(cut, *self._backward(cut, denominator))
+            gauges.add(cut, *self._backward(cut, denominators))
         gauges = self._summed_over_learners(gauges)
         warmup = min(1.0, (self.version + 1) / max(1, settings.warmup_steps))
         for group in self.optimizer.param_groups:
@@ -191,8 +215,16 @@ class PolicyLearner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
-        fp8 = self.fp8.metrics() if self.fp8 else {}
-        return gauges.metrics() | rates | self.routers.end_step() | fp8, int(denominator)
+        routers = self.routers.end_step()
+        fp8 = self.fp8.metrics() if self.fp8 else {}  # last: what the routers' probe left in its gauges is of this step
+        return gauges.metrics() | rates | routers | fp8, int(denominators.tokens)
+
+    def _denominators(self, cuts: Sequence[MicroBatch]) -> Denominators:
+        return Denominators(
+            tokens=float(sum(len(cut.advantages) for cut in cuts)),
+            answers=float(sum(len(cut.ids_BS) for cut in cuts)),
+            longest=float(self.settings.longest_answer),
+        )
 
     def _shares_prompts(self) -> bool:
         """Only our own model can. The routers' losses count tokens, and how often a prompt's are computed would then
@@ -224,28 +256,21 @@ class PolicyLearner:
         torch.distributed.all_gather_object(parts, own)
         return parts
 
-    def _backward(self, cut: MicroBatch, denominator: float) -> tuple[float, TokenStatistics, torch.Tensor]:
-        """Adds one micro-batch's gradient; returns (its part of the policy loss, statistics, clipped tokens)."""
+    def _backward(self, cut: MicroBatch, denominators: Denominators) -> tuple[TokenStatistics, PolicyLoss]:
+        """Adds one micro-batch's gradient."""
         from model.logprobs import token_logprobs
-        from rl.losses import policy_loss
 
-        settings = self.settings
         with self._autocast():
             stats, routes = token_logprobs(
-                self.model, cut.ids_BS, cut.answer_BS, settings.temperature, cut.real_BS, cut.replay_BSM,
+                self.model, cut.ids_BS, cut.answer_BS, self.settings.temperature, cut.real_BS, cut.replay_BSM,
                 cut.position_BS,
             )  # fmt: skip
-        loss, clipped = policy_loss(
-            stats.logprob_T,
-            cut.generator_logprobs,
-            cut.advantages,
-            denominator=denominator,
-            clip_low=settings.clip_low,
-            clip_high=settings.clip_high,
-            cap=settings.mismatch_cap,
+        tokens = Tokens(
+            stats.logprob_T, cut.generator_logprobs, cut.advantages, cut.staleness, cut.answer, stats.entropy_T
         )
-        (loss + self.routers.loss(routes)).backward()
-        return loss.item(), stats, clipped
+        policy = policy_loss(tokens, denominators, self.settings.objective)
+        (policy.loss + self.routers.loss(routes)).backward()
+        return stats, policy
 
     def _autocast(self) -> Any:
         import torch
@@ -255,7 +280,12 @@ class PolicyLearner:
 
 
 class Gauges:
-    """Sums over micro-batches. Mismatch counts tokens at the learner's own version only; staleness counts all."""
+    """Sums over micro-batches.
+
+    *Mismatch* is what engine and learner disagree on with the same weights, so it counts tokens of answers that are of
+    the learner's own version from their first token on: one that went on over a weight sync is conditioned on keys and
+    values of older weights. *Staleness* counts every token.
+    """
 
     def __init__(self) -> None:
         self.loss = 0.0
@@ -263,13 +293,20 @@ class Gauges:
         self.staleness: list[Any] = []
         self.entropy: list[Any] = []
         self.clipped: list[Any] = []
+        self.masked: list[Any] = []
+        self.fresh: list[Any] = []  # every token of the answer so far is of the learner's version
+        self.positive: list[Any] = []  # advantage > 0
 
-    def add(self, cut: Any, loss: float, stats: TokenStatistics, clipped: Any) -> None:
-        self.loss += loss
+    def add(self, cut: MicroBatch, stats: TokenStatistics, policy: PolicyLoss) -> None:
+        self.loss += policy.loss.item()
         self.log_ratios.append(stats.logprob_T.detach() - cut.generator_logprobs)
         self.staleness.append(cut.staleness)
         self.entropy.append(stats.entropy_T)
-        self.clipped.append(clipped)
+        self.clipped.append(policy.clipped)
+        self.masked.append(policy.masked)
+        self.positive.append(cut.advantages > 0)
+        oldest = cut.staleness.new_zeros(len(cut.ids_BS)).scatter_reduce(0, cut.answer, cut.staleness, "amax")
+        self.fresh.append(oldest[cut.answer] == 0)
 
     @classmethod
     def joined(cls, shares: Sequence[Gauges]) -> Gauges:
@@ -280,24 +317,38 @@ class Gauges:
             whole.staleness += share.staleness
             whole.entropy += share.entropy
             whole.clipped += share.clipped
+            whole.masked += share.masked
+            whole.fresh += share.fresh
+            whole.positive += share.positive
         return whole
 
     def metrics(self) -> dict[str, float]:
         import torch
 
         log_ratio, staleness = torch.cat(self.log_ratios), torch.cat(self.staleness)
-        weight = log_ratio.exp()
+        weight, positive = log_ratio.exp(), torch.cat(self.positive)
+        dropped = torch.cat(self.clipped) | torch.cat(self.masked)
         metrics = {
             "loss": self.loss,
             "entropy": torch.cat(self.entropy).mean().item(),
             "clip_share": torch.cat(self.clipped).float().mean().item(),
+            "mask_share": torch.cat(self.masked).float().mean().item(),
+            "dropped_share_positive": _share(dropped[positive]),
+            "dropped_share_negative": _share(dropped[~positive]),
             "is_weight_mean": weight.mean().item(),
+            "ess": (weight.sum().square() / weight.square().sum() / len(weight)).item(),
             "staleness_mean": staleness.float().mean().item(),
             "staleness_max": float(staleness.max()),
         }
-        fresh = log_ratio[staleness == 0]
+        fresh, stale = log_ratio[torch.cat(self.fresh)], log_ratio[~torch.cat(self.fresh)]
+        if len(stale):
+            metrics["staleness_k3"] = (stale.exp() - 1 - stale).mean().item()
         if len(fresh):  # the same weights on both sides: what is left is numerics
             metrics["mismatch_k3"] = (fresh.exp() - 1 - fresh).mean().item()
             metrics["mismatch_max"] = fresh.abs().max().item()
             metrics["mean_exp_abs_diff"] = fresh.abs().exp().mean().item()
         return metrics
+
+
+def _share(flags: Any) -> float:
+    return flags.float().mean().item() if len(flags) else 0.0

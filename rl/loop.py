@@ -1,12 +1,20 @@
 """Carries out the controller's commands with asyncio: owns every task, every deadline, and the shutdown.
 
-    Lease ─▶ curriculum.choose ─▶ generator.sample ─▶ grade (threads) ─▶ GroupReady
-    Train ─▶ learner.step (publishes its weights) ─▶ StepDone
-    Sync  ─▶ take_weights on every generator, digests compared ─▶ SyncDone
+    Lease   ─▶ generator.sample ─▶ grade (threads) ─▶ GroupReady, or GroupLost where nothing could be graded
+    Accept  ─▶ the group is kept
+    Train   ─▶ learner.step (publishes its weights) ─▶ StepDone
+    Save    ─▶ learner, curriculum, ready groups and the controller's state to disk (`rl/run_state.py`) ─▶ Saved
+    Sync    ─▶ generator.take_weights ─▶ SyncDone with the digest read back, or SyncFailed
+    Restart ─▶ generator.restart ─▶ GeneratorUp
+    a generator that dies or misses a deadline ─▶ GeneratorDied
 
-Events meet in one queue and are handled one at a time; nothing here decides, `rl/controller.py` does. Every call to a
-generator or to the learner carries a deadline; the first task that fails ends the run with its own error, and all
-others are cancelled. CPU work (grading) never runs on the event loop.
+Events meet in one queue and are handled one at a time; nothing here decides, `rl/controller.py` does. The first task
+that fails in any other way ends the run with its own error, and all others are cancelled. CPU work (grading) never runs
+on the event loop.
+
+What is drawn for a step depends on the steps before it alone, not on which group happened to end first: the curriculum
+learns from a step's groups when the step is taken, in the order of their slots, and the tasks of step s are drawn, in
+that order too, from what it knows at version s - max_staleness.
 """
 
 from __future__ import annotations
@@ -15,7 +23,7 @@ import asyncio
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,16 +31,25 @@ from typing import Any
 from rewards.task import Score, Task, Ungraded
 from rl import controller as protocol
 from rl.curriculum import Curriculum
-from rl.losses import group_advantages
-from rl.types import Generator, Learner, Rollout, RolloutGroup, SampleRequest, StepReport, SyncReport, TrainBatch
+from rl.health import Finding, HealthMonitor, is_looping
+from rl.losses import Advantage, group_advantages, overlong_penalty
+from rl.run_state import LEARNER, RunState, RunStates
+from rl.types import (
+    Generator,
+    GeneratorGone,
+    Learner,
+    Rollout,
+    RolloutGroup,
+    SampledAnswer,
+    SampleRequest,
+    StepReport,
+    SyncRefused,
+    TrainBatch,
+)
 
 
 class HealthStop(RuntimeError):
     """A number says that going on would train a broken model."""
-
-
-class WeightsDiffer(HealthStop):
-    """A generator read back other weights than the learner published. Its samples would be lies."""
 
 
 class GradientNotFinite(HealthStop):
@@ -52,10 +69,13 @@ class LoopSettings:
     max_answer_tokens: int
     temperature: float
     stop_token_ids: tuple[int, ...]
-    advantage: str
+    advantage: Advantage
     overlong_penalty: float
+    pass_at_k: int = 1  # of the advantage of that name
+    overlong_buffer: int = 0  # tokens
     weights_path: str  # where the learner publishes, memory-backed: "{version}" is filled in
-    keep_versions: int = 2  # published files kept: an engine may still be reading the one before
+    sync_every: int = 1  # steps
+    save_every: int = 0  # steps; 0: never
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +104,20 @@ class Timings:
 
     generated_tokens: int = 0
     sync_ms: float = 0.0
+    loop_lag_s: float = 0.0  # longest that this process's event loop was kept from its work
     last_step_end: float = field(default_factory=time.perf_counter)
+
+
+LAG_PROBE_S = 0.2
+
+
+@dataclass
+class Choice:
+    """What a slot asks for. A group that is leased again keeps it."""
+
+    cell: str  # of the curriculum
+    task: Task
+    prompt_ids: list[int]
 
 
 class AsyncLoop:
@@ -98,6 +131,8 @@ class AsyncLoop:
         generators: Sequence[Generator],
         learner: Learner,
         graders: Executor,
+        states: RunStates,
+        health: HealthMonitor,
         *,
         on_step: Callable[[StepRecord], None],
         on_lost: Callable[[RolloutGroup], None],
@@ -105,89 +140,158 @@ class AsyncLoop:
     ) -> None:
         self.settings, self.pool, self.curriculum = settings, pool, curriculum
         self.generators, self.learner, self.graders = generators, learner, graders
+        self.states, self.health = states, health
         self.on_step, self.on_lost, self.on_event = on_step, on_lost, on_event
-        self.controller = protocol.Controller(
-            groups_per_step=settings.groups_per_step, max_staleness=settings.max_staleness, num_steps=settings.num_steps
-        )
-        self.groups: dict[int, RolloutGroup] = {}  # slot → finished group, until its step
-        self.cells: dict[int, str] = {}  # slot → the curriculum's cell
-        self.digests: dict[int, str] = {}  # version → what the learner published
-        self.outstanding = [0] * len(generators)
+        self.bounds = protocol.Bounds(settings.groups_per_step, settings.max_staleness, settings.sync_every)
+        self.choices: list[Choice] = []  # by slot; made in their order, and before they are needed
+        self.answered: dict[tuple[int, int], RolloutGroup] = {}  # slot, attempt → a group on its way to the controller
+        self.groups: dict[int, RolloutGroup] = {}  # slot → accepted, not trained on yet
+        self.published: set[int] = set()  # versions whose file is there
         self.timings = Timings()
         self.generated_tokens = self.trained_tokens = 0
+        self.controller = self._controller(protocol.State())
+        self._deaths_told: set[tuple[int, int]] = set()
+        self._running: set[asyncio.Task[None]] = set()
         self._events: asyncio.Queue[protocol.Event] = asyncio.Queue()
 
-    async def run(self, publish_first: bool = False) -> None:
-        """Ends after the last step's sync, or with the first error of any task. `publish_first`: engines do not begin
-        with the checkpoint they loaded but with what the learner makes of it."""
+    def _controller(self, state: protocol.State) -> protocol.Controller:
+        settings = self.settings
+        return protocol.Controller(
+            self.bounds, settings.num_steps, num_generators=len(self.generators), save_every=settings.save_every,
+            resumed=state,
+        )  # fmt: skip
+
+    async def resume(self, state: RunState, learner_state: str) -> None:
+        """Go on from there; before `run`."""
+        await self.learner.load_state(learner_state)
+        self.curriculum.restore(state.curriculum)
+        self.choices = [self._choice(cell, slot) for slot, cell in enumerate(state.cells)]
+        self.groups = {int(group.group_id): group for group in state.groups}
+        self.generated_tokens, self.trained_tokens = state.generated_tokens, state.trained_tokens
+        self.controller = self._controller(state.protocol)
+
+    async def run(self) -> None:
+        """Ends with the protocol's Finish, or with the first error of any task."""
         try:
-            if publish_first:
-                self.digests[0] = await self.learner.publish(self.settings.weights_path.format(version=0))
-                await self._sync(0)
+            first = self.controller.learner_version
+            self.published.add(first)
+            self._choose_up_to(first + self.bounds.max_staleness)
+            digest = await self.learner.publish(self._path(first))
             async with asyncio.TaskGroup() as tasks:
-                self._events.put_nowait(protocol.Begin())
-                finished = False
-                while not finished:
+                self._events.put_nowait(protocol.Begin(digest))
+                watch = tasks.create_task(self._watch_lag())
+                while not self.controller.finished:
                     # Ended by any task's event; a task that dies cancels this wait through the group.
-                    event = await self._events.get()
-                    for command in self.controller.handle(event):
-                        if isinstance(command, protocol.Finish):
-                            finished = True
-                        else:
-                            tasks.create_task(self._carry_out(command), name=repr(command))
+                    for command in self.controller.handle(await self._events.get()):
+                        self._start(command, tasks)
+                for task in (watch, *self._running):  # what a retired generator was asked, too
+                    task.cancel()
         except BaseExceptionGroup as group:
-            raise _first_error(group) from None
+            error = _first_error(group)
+            if isinstance(error, (protocol.WeightsDiffer, protocol.WrongVersion)):
+                raise HealthStop(str(error)) from error
+            raise error from None
         finally:
-            for version in list(self.digests):
+            for version in list(self.published):
                 self._forget(version)
 
-    async def _carry_out(self, command: protocol.Command) -> None:
+    def _start(self, command: protocol.Command, tasks: asyncio.TaskGroup) -> None:
         match command:
-            case protocol.Lease(slot, attempt):
-                self._events.put_nowait(await self._sample_group(slot, attempt))
+            case protocol.Accept(slot, attempt):
+                self.groups[slot] = self.answered.pop((slot, attempt))
+            case protocol.Drop(version):
+                self._forget(version)
+            case protocol.Finish():
+                pass
+            case protocol.Save(version, state):  # what is true at this moment, before anything else happens
+                self._spawn(self._save(version, self._state(state)), command, tasks)
+            case _:
+                self._spawn(self._carry_out(command), command, tasks)
+
+    def _spawn(self, work: Coroutine[Any, Any, None], command: protocol.Command, tasks: asyncio.TaskGroup) -> None:
+        task = tasks.create_task(work, name=repr(command))
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    async def _carry_out(self, command: protocol.Command) -> None:
+        """Ended by the answer to the command; every call in here has its own deadline."""
+        match command:
+            case protocol.Lease(_, _, generator, incarnation):
+                event = await self._or_death(generator, incarnation, self._sample_group(command))
             case protocol.Train(step, slots):
-                self._events.put_nowait(protocol.StepDone(await self._train(step, slots)))
-            case protocol.Sync(version):
-                await self._sync(version)
-                self._events.put_nowait(protocol.SyncDone(version))
+                event = await self._train(step, slots)
+            case protocol.Sync(generator, incarnation):
+                event = await self._or_death(generator, incarnation, self._sync(command))
+            case protocol.Restart(generator, incarnation):
+                event = await self._or_death(generator, incarnation, self._restart(command))
+        self._events.put_nowait(event)
+
+    async def _or_death(self, index: int, incarnation: int, work: Awaitable[protocol.Event]) -> protocol.Event:
+        try:
+            return await work
+        except GeneratorGone as error:
+            if (index, incarnation) not in self._deaths_told:  # once, not for every request that it had
+                self._deaths_told.add((index, incarnation))
+                self.on_event("generator_died", generator=index, incarnation=incarnation, reason=str(error))
+            return protocol.GeneratorDied(index, incarnation, str(error).split("\n")[0])
+
+    async def _watch_lag(self) -> None:
+        """Ended by the run's end."""
+        while True:
+            begin = time.perf_counter()
+            await asyncio.sleep(LAG_PROBE_S)
+            self.timings.loop_lag_s = max(self.timings.loop_lag_s, time.perf_counter() - begin - LAG_PROBE_S)
+
+    def _path(self, version: int) -> str:
+        return self.settings.weights_path.format(version=version)
 
     # --- Lease ---------------------------------------------------------------------------------------------------
 
-    async def _sample_group(self, slot: int, attempt: int) -> protocol.Event:
-        """Ended by the generator's answer or its deadline; a group whose every answer is ungraded is lost."""
-        if slot not in self.cells:  # a group leased again keeps its task
-            self.cells[slot] = self.curriculum.choose()
-        cell = self.cells[slot]
+    def _choose_up_to(self, step: int) -> None:
+        """The tasks of all steps up to this one."""
+        slots = self.bounds.slots_of(min(step, self.settings.num_steps - 1))
+        for slot in range(len(self.choices), slots.stop):
+            self.choices.append(self._choice(self.curriculum.choose(), slot))
+
+    def _choice(self, cell: str, slot: int) -> Choice:
         task = self.pool.task_of(cell, slot)
-        prompt_ids = self.pool.encode(task.prompt)
-        leased_at = self.controller.generator_version
-        index = min(range(len(self.generators)), key=self.outstanding.__getitem__)
+        return Choice(cell, task, self.pool.encode(task.prompt))
+
+    async def _sample_group(self, lease: protocol.Lease) -> protocol.Event:
+        """A group whose every answer is ungraded is lost."""
+        slot, choice = lease.slot, self.choices[lease.slot]
+        leased_at = self.controller.generators[lease.generator].version
         request = SampleRequest(
-            request_id=f"slot{slot}.{attempt}",
-            prompt_ids=prompt_ids,
+            request_id=f"slot{slot}.{lease.attempt}",
+            prompt_ids=choice.prompt_ids,
             num_samples=self.settings.group_size,
             max_tokens=self.settings.max_answer_tokens,
             temperature=self.settings.temperature,
             stop_token_ids=self.settings.stop_token_ids,
         )
-        self.outstanding[index] += 1
-        try:
-            answers = await self.generators[index].sample(request)
-        finally:
-            self.outstanding[index] -= 1
+        answers = await self.generators[lease.generator].sample(request)
         if not self.generated_tokens:
             self.on_event("first_rollout")
         tokens = sum(len(answer.token_ids) for answer in answers)
         self.generated_tokens += tokens
         self.timings.generated_tokens += tokens
+        group = await self._graded(slot, choice, answers, leased_at)
+        if all(rollout.score is None for rollout in group.rollouts):
+            self.on_lost(group)  # what is dropped can still be read on disk
+            return protocol.GroupLost(slot, lease.attempt, f"ungraded: {group.rollouts[0].reason}")
+        versions = [version for answer in answers for version in answer.versions]
+        self.answered[slot, lease.attempt] = group
+        return protocol.GroupReady(slot, lease.attempt, min(versions), max(versions))
+
+    async def _graded(self, slot: int, choice: Choice, answers: list[SampledAnswer], leased_at: int) -> RolloutGroup:
         texts = [self.pool.decode(answer.token_ids) for answer in answers]
         event_loop = asyncio.get_running_loop()
         verdicts = await asyncio.gather(
-            *(event_loop.run_in_executor(self.graders, self.pool.grade, task, text) for text in texts)
+            *(event_loop.run_in_executor(self.graders, self.pool.grade, choice.task, text) for text in texts)
         )
         rollouts = [
             Rollout(
-                task=task,
+                task=choice.task,
                 group_id=str(slot),
                 answer=answer,
                 text=text,
@@ -196,39 +300,37 @@ class AsyncLoop:
             )
             for answer, text, verdict in zip(answers, texts, verdicts, strict=True)
         ]
-        group = RolloutGroup(
-            group_id=str(slot), task=task, prompt_ids=prompt_ids, rollouts=rollouts, leased_at_version=leased_at
-        )
-        scores = [rollout.score for rollout in rollouts if rollout.score is not None]
-        if not scores:
-            self.on_lost(group)  # what is dropped can still be read on disk
-            return protocol.GroupLost(slot, f"ungraded: {rollouts[0].reason}")
-        self.curriculum.observe(cell, sum(score >= 1.0 for score in scores), len(scores), leased_at)
-        self.groups[slot] = group
-        return protocol.GroupReady(slot)
+        return RolloutGroup(
+            group_id=str(slot), task=choice.task, prompt_ids=choice.prompt_ids, rollouts=rollouts,
+            leased_at_version=leased_at,
+        )  # fmt: skip
 
     # --- Train ---------------------------------------------------------------------------------------------------
 
-    async def _train(self, step: int, slots: tuple[int, ...]) -> int:
+    async def _train(self, step: int, slots: tuple[int, ...]) -> protocol.Event:
         """Ended by the learner's report or its deadline."""
         waited = time.perf_counter() - self.timings.last_step_end
         groups = [self.groups.pop(slot) for slot in slots]
-        for slot in slots:
-            del self.cells[slot]
-        path = self.settings.weights_path.format(version=step + 1)
+        for key in [key for key in self.answered if key[0] in slots]:
+            self.on_lost(self.answered.pop(key))  # came after its generator had been given up
         batch, zero_signal = self._batch(step, groups)
-        report = await self.learner.step(batch, path)
+        self.published.add(step + 1)
+        report = await self.learner.step(batch, self._path(step + 1))
         norm = report.metrics.get("grad_norm", 0.0)
         if not math.isfinite(norm):
             raise GradientNotFinite(f"step {step}: gradient norm is {norm}; lower learning_rate or look at the batch")
         if step == 0:
             self.on_event("first_step")
-        self.digests[report.version] = report.extras["digest"]
+        for slot, group in zip(slots, groups):
+            scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
+            passes = sum(score >= 1.0 for score in scores)
+            self.curriculum.observe(self.choices[slot].cell, passes, len(scores), group.leased_at_version)
+        self._choose_up_to(step + 1 + self.bounds.max_staleness)
         self.trained_tokens += report.trained_tokens
         for text in report.extras.get("notes", ()):
             self.on_event("note", text=text)
         self._record(step, groups, report, waited, zero_signal)
-        return report.version
+        return protocol.StepDone(report.version, report.extras["digest"])
 
     def _batch(self, step: int, groups: Sequence[RolloutGroup]) -> tuple[TrainBatch, int]:
         """The rows of a step, and how many groups carry no signal (all answers scored alike)."""
@@ -236,7 +338,7 @@ class AsyncLoop:
         zero_signal = 0
         for group in groups:
             scores = [self._shaped(rollout) for rollout in group.rollouts]
-            advantages = group_advantages(scores, self.settings.advantage)
+            advantages = group_advantages(scores, self.settings.advantage, self.settings.pass_at_k)
             zero_signal += not any(advantages)
             rows += [(group, *pair) for pair in zip(group.rollouts, advantages, strict=True)]
         if all(rollout.score is None for _, rollout, _ in rows):
@@ -254,8 +356,13 @@ class AsyncLoop:
         return batch, zero_signal
 
     def _shaped(self, rollout: Rollout) -> float | None:
-        truncated = rollout.answer.finish_reason == "length"
-        return None if rollout.score is None else rollout.score - self.settings.overlong_penalty * truncated
+        if rollout.score is None:
+            return None
+        settings, truncated = self.settings, rollout.answer.finish_reason == "length"
+        length = len(rollout.answer.token_ids)
+        return rollout.score - overlong_penalty(
+            length, settings.max_answer_tokens, settings.overlong_buffer, settings.overlong_penalty, truncated
+        )
 
     def _record(
         self, step: int, groups: Sequence[RolloutGroup], report: StepReport, waited: float, zero_signal: int
@@ -278,8 +385,13 @@ class AsyncLoop:
             "truncated_share": sum(r.answer.finish_reason == "length" for r in rollouts) / len(rollouts),
             "ungraded": len(rollouts) - len(scores),
             "zero_signal_groups": zero_signal,
+            "signal_share": 1 - zero_signal / len(groups),
+            "repetition_share": sum(is_looping(r.answer.token_ids) for r in rollouts) / len(rollouts),
+            "weights_moved": report.extras["digest"] != self.controller.digests.get(step),
+            "loop_lag_s": self.timings.loop_lag_s,
             "groups": len(groups),
             "groups_lost": dict(self.controller.lost),
+            "late_answers": sum(self.controller.late.values()),
             "generated_tokens": self.generated_tokens,
             "trained_tokens": self.trained_tokens,
             "generate_wait_s": waited,
@@ -287,31 +399,62 @@ class AsyncLoop:
             "tokens_per_s": self.timings.generated_tokens / seconds,
             "levels": {domain: sum(values) / len(values) for domain, values in levels.items()},
         }
-        self.timings.generated_tokens, self.timings.last_step_end = 0, now
+        self.timings.generated_tokens, self.timings.last_step_end, self.timings.loop_lag_s = 0, now, 0.0
         self.on_step(StepRecord(step=step + 1, metrics=metrics, groups=groups, curriculum=self.curriculum))
+        self._act_on(self.health.observe(metrics), step + 1)
 
-    # --- Sync ----------------------------------------------------------------------------------------------------
+    def _act_on(self, findings: Sequence[Finding], step: int) -> None:
+        for finding in findings:
+            self.on_event("health", step=step, action=finding.action, metric=finding.metric, text=finding.text)
+            if finding.action == "stop":
+                raise HealthStop(f"step {step}: {finding.text}")
+            if finding.action == "resync":
+                self._events.put_nowait(protocol.Resync(finding.text))
 
-    async def _sync(self, version: int) -> None:
-        """Ended by every generator's report or the first deadline. Requests in flight go on with the new weights."""
-        begin = time.perf_counter()
-        path, digest = self.settings.weights_path.format(version=version), self.digests[version]
-        reports: list[SyncReport] = await asyncio.gather(
-            *(generator.take_weights(path, version, digest) for generator in self.generators)
+    # --- Save ----------------------------------------------------------------------------------------------------
+
+    def _state(self, state: protocol.State) -> RunState:
+        return RunState(
+            protocol=state,
+            curriculum=self.curriculum.state(),
+            cells=[choice.cell for choice in self.choices],
+            groups=[self.groups[slot] for slot in state.ready],
+            generated_tokens=self.generated_tokens,
+            trained_tokens=self.trained_tokens,
         )
-        for index, report in enumerate(reports):
-            if report.digest != digest or report.version != version:
-                raise WeightsDiffer(
-                    f"generator {index} holds version {report.version}, digest {report.digest[:12]}; the learner "
-                    f"published version {version}, digest {digest[:12]}"
-                )
+
+    async def _save(self, version: int, state: RunState) -> None:
+        """Ended by the learner's answer or its deadline, and by the disk."""
+        if self.settings.save_every:
+            partial = await asyncio.to_thread(self.states.open, version)
+            await self.learner.save_state(str(partial / LEARNER))
+            await asyncio.to_thread(self.states.publish, partial, state)
+        self._events.put_nowait(protocol.Saved(version))
+
+    # --- generators ----------------------------------------------------------------------------------------------
+
+    async def _sync(self, sync: protocol.Sync) -> protocol.Event:
+        """Requests in flight go on with the new weights."""
+        begin = time.perf_counter()
+        digest = self.controller.digests[sync.version]
+        try:
+            report = await self.generators[sync.generator].take_weights(self._path(sync.version), sync.version, digest)
+        except SyncRefused as error:
+            self.on_event("sync_refused", generator=sync.generator, version=sync.version, reason=str(error))
+            return protocol.SyncFailed(sync, str(error))
         self.timings.sync_ms = (time.perf_counter() - begin) * 1e3
-        for old in [v for v in self.digests if v <= version - self.settings.keep_versions]:
-            self._forget(old)
+        return protocol.SyncDone(sync, report.digest if report.version == sync.version else f"version {report.version}")
+
+    async def _restart(self, restart: protocol.Restart) -> protocol.Event:
+        begin = time.perf_counter()
+        await self.generators[restart.generator].restart()
+        seconds = round(time.perf_counter() - begin, 3)
+        self.on_event("generator_up", generator=restart.generator, incarnation=restart.incarnation, seconds=seconds)
+        return protocol.GeneratorUp(restart.generator, restart.incarnation)
 
     def _forget(self, version: int) -> None:
-        del self.digests[version]
-        path = self.settings.weights_path.format(version=version)
+        self.published.discard(version)
+        path = self._path(version)
         if os.path.exists(path):
             os.unlink(path)
 

@@ -125,17 +125,40 @@ class StepReport:
     extras: dict[str, Any] = field(default_factory=dict)
 
 
+class GeneratorGone(RuntimeError):
+    """The engine died, or did not answer within its deadline: what it was asked for will not come."""
+
+
+class SyncRefused(RuntimeError):
+    """The engine refused weights as a whole, and still holds what it held."""
+
+
 class Generator(Protocol):
-    """An engine that samples. `rl/generator.py` is the real one; tests may hand in another."""
+    """The place of one engine. `rl/generator.py` is the real one; tests may hand in another. Every method ends within
+    the caller's deadline, or raises GeneratorGone."""
 
     async def sample(self, request: SampleRequest) -> list[SampledAnswer]: ...
-    async def take_weights(self, path: str, version: int, expected_digest: str | None = None) -> SyncReport: ...
+    async def take_weights(self, path: str, version: int, expected_digest: str | None = None) -> SyncReport:
+        """Raises SyncRefused too."""
+        ...
+
+    async def restart(self) -> None:
+        """End what is there, whatever it does, and start another engine; it holds weights of nobody's giving."""
+        ...
 
 
 class Learner(Protocol):
-    """The trainer's side."""
+    """The trainer's side. Whatever goes wrong with it ends the run: every method raises within its deadline."""
 
     async def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport: ...
     async def publish(self, path: str) -> str:
         """Write the weights as engines shall have them; returns their digest."""
+        ...
+
+    async def save_state(self, path: str) -> None:
+        """Write all that the next step depends on."""
+        ...
+
+    async def load_state(self, path: str) -> None:
+        """The state that `save_state` wrote, bit for bit."""
         ...

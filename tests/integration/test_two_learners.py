@@ -13,6 +13,7 @@ from model.precision import Fp8Settings
 from model.tiny import TinyShape, tiny_llama4
 from model.tokenizer import build_tokenizer
 from rl.learner import LearnerSettings, PolicyLearner
+from rl.losses import Objective
 from rl.types import TrainBatch
 
 LENGTHS = [3, 5, 7, 9, 11, 13]
@@ -45,7 +46,8 @@ def tiny_settings(directory: Path, **changes: Any) -> LearnerSettings:
     settings = LearnerSettings(
         checkpoint=str(directory / "tiny"), dtype="float32", learning_rate=1e-3, warmup_steps=0, weight_decay=0.0,
         max_grad_norm=1e9, micro_batch_tokens=16, temperature=1.0, router_policy="train",
-        router_learning_rate_scale=0.1, balance_coef=0.0, z_coef=0.0, clip_low=50.0, clip_high=1e9, mismatch_cap=1e9,
+        router_learning_rate_scale=0.1, balance_coef=0.0, z_coef=0.0,
+        objective=Objective(clip_low=50.0, clip_high=1e9, ratio_cap=1e9), longest_answer=64,
         seed=0, rendezvous=str(directory / "meet"),
     )  # fmt: skip
     return dataclasses.replace(settings, **changes)

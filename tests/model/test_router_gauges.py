@@ -127,7 +127,7 @@ def test_activation_checkpointing_counts_every_token_once(moe):
 
 def test_drift_is_zero_at_the_start_and_sees_a_moved_router(moe):
     documents = [ids[real].tolist() for ids, real in zip(IDS, REAL, strict=True)]
-    probe = DriftProbe(moe, documents)
+    probe = DriftProbe.taken(moe, documents)
     for layer in probe.by_layer(moe):
         assert layer == {"drift": pytest.approx(0.0, abs=1e-7), "moved": 0.0}
     router_parameters(moe)[1].data.neg_()

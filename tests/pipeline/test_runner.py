@@ -177,6 +177,22 @@ def test_full_disk_in_a_stage_is_infrastructure_and_says_so(
     assert "warm: the disk under" in shown and "is full" in shown
 
 
+def test_online_rl_finds_what_a_killed_run_of_the_same_recipe_left_and_others_begin_anew(world: World) -> None:
+    def dies(context: StageContext) -> dict[str, Any]:
+        (context.work / "state").touch()
+        raise InfrastructureError("a learner died")
+
+    world.behaviour["climb"] = dies
+    assert world.go(make_recipe(world.tmp_path))[0] == 4
+    assert world.go(make_recipe(world.tmp_path))[1] == ["climb"] and "state" in world.found[-1]
+    assert world.go(make_recipe(world.tmp_path), fresh=True)[0] == 4 and world.found[-1] == []
+    assert world.go(make_recipe(world.tmp_path))[0] == 4 and "state" in world.found[-1], "a fresh run too can go on"
+    assert world.go(make_recipe(world.tmp_path, sft_rate=2e-3))[0] == 4 and world.found[-1] == [], "another recipe"
+    del world.behaviour["climb"]
+    assert world.go(make_recipe(world.tmp_path, sft_rate=2e-3))[0] == 0
+    assert not (world.tmp_path / "run" / "climb" / ".identity").exists()
+
+
 def test_full_disk_for_the_events_too_still_ends_with_its_message(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

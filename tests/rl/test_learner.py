@@ -11,6 +11,7 @@ from model.precision import Fp8Settings
 from model.router import routes_of
 from model.router_watch import RoutedBatch
 from rl.batcher import micro_batches
+from rl.losses import Objective
 from rl.types import TrainBatch
 
 
@@ -119,9 +120,8 @@ def learner(checkpoint, **changes):
         router_learning_rate_scale=0.1,
         balance_coef=0.0,
         z_coef=0.0,
-        clip_low=50.0,
-        clip_high=1e9,
-        mismatch_cap=1e9,
+        objective=Objective(clip_low=50.0, clip_high=1e9, ratio_cap=1e9),
+        longest_answer=64,
         seed=0,
     )
     made = PolicyLearner(dataclasses.replace(settings, **changes))
@@ -133,9 +133,8 @@ def gradients(checkpoint, whole=None, share_prompts=False, **changes):
     made = learner(checkpoint, **changes)
     cuts = micro_batches(whole or batch(), made.settings.micro_batch_tokens, share_prompts)
     made.routers.begin_step([RoutedBatch(cut.ids_BS, cut.real_BS) for cut in cuts])
-    denominator = float(sum(len(cut.advantages) for cut in cuts))
     for cut in cuts:
-        made._backward(cut, denominator)
+        made._backward(cut, made._denominators(cuts))
     return {name: p.grad for name, p in made.model.named_parameters() if p.grad is not None}
 
 
@@ -342,3 +341,22 @@ def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, fam
     published, saved = load_file(tmp_path / "v1.safetensors"), load_policy(tmp_path / "out").state_dict()
     assert published.keys() == load_file(tmp_path / "source" / "model.safetensors").keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in published.items())
+
+
+@pytest.mark.parametrize("fp8", [None, FP8, dataclasses.replace(FP8, min_snr_db=100.0)])
+def test_a_resumed_learner_steps_on_bit_for_bit(checkpoint, tmp_path, fp8):
+    first, other, forgetful = (learner(checkpoint, fp8=fp8, warmup_steps=3) for _ in range(3))
+    first.step(batch())
+    first.save_state(str(tmp_path / "learner.pt"))
+    for resumed in (other, forgetful):
+        resumed.load_state(str(tmp_path / "learner.pt"))
+    forgetful.optimizer.state.clear()
+    one, two, three = (
+        resumed.step(batch(version=1, seed=1), str(tmp_path / name))
+        for resumed, name in ((first, "1"), (other, "2"), (forgetful, "3"))
+    )
+    for report in (one, two):
+        del report.metrics["learner_step_s"], report.metrics["publish_ms"]
+    assert one.metrics == two.metrics and one.extras["digest"] == two.extras["digest"]
+    assert all(torch.equal(a, b) for a, b in zip(first.model.state_dict().values(), other.model.state_dict().values()))
+    assert three.extras["digest"] != one.extras["digest"], "without its moments the optimiser goes elsewhere"

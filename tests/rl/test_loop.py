@@ -3,25 +3,29 @@
 import asyncio
 import dataclasses
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
 from rewards.task import Score, Task, Ungraded
 from rl.curriculum import Curriculum
-from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, TaskPool, WeightsDiffer
-from rl.types import SampledAnswer, StepReport, SyncReport
+from rl.health import HealthMonitor, Limit
+from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, TaskPool
+from rl.run_state import LEARNER, RunStates
+from rl.types import GeneratorGone, SampledAnswer, StepReport, SyncRefused, SyncReport
 
 
 class EchoGenerator:
     """Answers at once, with its version in every token's place."""
 
-    def __init__(self, digest=None, fail_at=None):
-        self.version, self.digest, self.fail_at, self.requests = 0, digest, fail_at, 0
+    def __init__(self, digest=None, fail_at=None, error=None):
+        self.version, self.digest, self.fail_at, self.requests, self.restarts = None, digest, fail_at, 0, 0
+        self.error = error or ConnectionError("engine gone")
 
     async def sample(self, request):
         self.requests += 1
         if self.fail_at == self.requests:
-            raise ConnectionError("engine gone")
+            raise self.error
         await asyncio.sleep(0)
         return [
             SampledAnswer(token_ids=[index], logprobs=[-1.0], versions=[self.version], finish_reason="stop")
@@ -32,16 +36,28 @@ class EchoGenerator:
         self.version = version
         return SyncReport(version=version, num_tensors=1, digest=self.digest or expected_digest, pause_ms=0, load_ms=0)
 
+    async def restart(self):
+        self.restarts, self.version = self.restarts + 1, None
+
 
 class CountingLearner:
     def __init__(self):
         self.batches = []
 
+        self.version = 0
+
     async def publish(self, path):
-        return "d0"
+        return f"d{self.version}"
+
+    async def save_state(self, path):
+        Path(path).write_text(str(self.version))
+
+    async def load_state(self, path):
+        self.version = int(Path(path).read_text())
 
     async def step(self, batch, publish_to=None):
         self.batches.append(batch)
+        self.version = batch.version + 1
         extras = {"digest": f"d{batch.version + 1}", "staleness_counts": {}}
         return StepReport(version=batch.version + 1, metrics={"loss": 0.0}, trained_tokens=4, extras=extras)
 
@@ -53,7 +69,11 @@ def run(
     steps=3,
     max_staleness=1,
     lost=None,
-    publish_first=False,
+    cells=1,
+    states=None,
+    save_every=0,
+    limits=None,
+    told=None,
 ):
     settings = LoopSettings(
         groups_per_step=2,
@@ -66,6 +86,7 @@ def run(
         advantage="rloo",
         overlong_penalty=0.0,
         weights_path="/nonexistent/v{version}",
+        save_every=save_every,
     )
     pool = TaskPool(
         task_of=lambda cell, slot: Task(task_id=f"{cell}/{slot}", domain="maths", level=1, prompt="p", verifier="text"),
@@ -74,24 +95,35 @@ def run(
         grade=grade,
     )
     records, events, lost = [], [], lost if lost is not None else []
-    curriculum = Curriculum({"maths/1": "maths"}, kind="uniform", band=(0.2, 0.8), decay=1.0, explore_share=0.0, seed=0)
+    curriculum = Curriculum(
+        {f"maths/{level + 1}": "maths" for level in range(cells)}, kind="thompson", band=(0.2, 0.8), decay=1.0,
+        explore_share=0.0, seed=0,
+    )  # fmt: skip
     with ThreadPoolExecutor(1) as graders:
         loop = AsyncLoop(
             settings,
             pool,
             curriculum,
-            [generator],
+            generator if isinstance(generator, list) else [generator],
             learner,
             graders,
+            states or RunStates(Path("/nonexistent")),
+            HealthMonitor(limits or {}),
             on_step=records.append,
             on_lost=lost.append,
-            on_event=lambda event, **_: events.append(event),
+            on_event=lambda event, **said: (events.append(event), told is None or told.append(said)),
         )
-        asyncio.run(asyncio.wait_for(loop.run(publish_first), 20))
+
+        async def go():
+            if states and (newest := states.newest()):
+                await loop.resume(newest[0], str(newest[1] / LEARNER))
+            await asyncio.wait_for(loop.run(), 20)
+
+        asyncio.run(go())
     return records, events, loop
 
 
-def test_engines_begin_with_what_the_learner_makes_of_the_checkpoint_if_asked():
+def test_engines_begin_with_what_the_learner_makes_of_the_checkpoint():
     class Recording(EchoGenerator):
         taken = []
 
@@ -100,10 +132,10 @@ def test_engines_begin_with_what_the_learner_makes_of_the_checkpoint_if_asked():
             return await super().take_weights(path, version, expected_digest)
 
     generator = Recording()
-    run(generator, CountingLearner(), publish_first=True)
+    run(generator, CountingLearner())
     assert generator.taken[0] == (0, 0, "d0"), "before the first request"
-    with pytest.raises(WeightsDiffer, match="version 0"):
-        run(EchoGenerator(digest="other"), CountingLearner(), publish_first=True)
+    with pytest.raises(HealthStop, match="version 0"):
+        run(EchoGenerator(digest="other"), CountingLearner())
 
 
 def test_every_step_consumes_its_groups_in_order():
@@ -122,8 +154,60 @@ def test_the_first_error_of_a_background_task_ends_the_run():
 
 
 def test_an_engine_with_other_weights_stops_the_run():
-    with pytest.raises(WeightsDiffer, match="d1"):
-        run(EchoGenerator(digest="stale"), CountingLearner())
+    class StaleFromVersion1(EchoGenerator):
+        async def take_weights(self, path, version, expected_digest=None):
+            return await super().take_weights(path, version, expected_digest if version == 0 else "d0")
+
+    with pytest.raises(HealthStop, match="holds digest d0 after it was given version 1; the learner published d1"):
+        run(StaleFromVersion1(), CountingLearner())
+
+
+@pytest.mark.parametrize("generators", [1, 2])
+def test_a_generator_that_dies_is_replaced_and_its_groups_are_sampled_again(generators):
+    dying = EchoGenerator(fail_at=2, error=GeneratorGone("killed"))
+    learner = CountingLearner()
+    records, events, loop = run([dying, *(EchoGenerator() for _ in range(generators - 1))], learner)
+    assert dying.restarts == 1 and events.count("generator_died") == 1 and events.count("generator_up") == 1
+    assert [group.group_id for record in records for group in record.groups] == ["0", "1", "2", "3", "4", "5"]
+    assert sum(loop.controller.lost.values()) >= 1
+    assert records[-1].metrics["groups_lost"] == {"generator died: killed": sum(loop.controller.lost.values())}
+
+
+def test_a_refused_sync_is_tried_again():
+    class RefusesOnce(EchoGenerator):
+        refused = False
+
+        async def take_weights(self, path, version, expected_digest=None):
+            if version == 1 and not self.refused:
+                self.refused = True
+                raise SyncRefused("not now")
+            return await super().take_weights(path, version, expected_digest)
+
+    generator = RefusesOnce()
+    records, events, _ = run(generator, CountingLearner())
+    assert len(records) == 3 and events.count("sync_refused") == 1 and generator.restarts == 0
+
+
+def test_what_is_drawn_does_not_depend_on_which_group_ends_first():
+    class Shuffled(EchoGenerator):
+        """Later requests end earlier, or the other way round."""
+
+        def __init__(self, backwards):
+            super().__init__()
+            self.backwards = backwards
+
+        async def sample(self, request):
+            answers = await super().sample(request)
+            slot = int(request.request_id.removeprefix("slot").split(".")[0])
+            for _ in range((7 - slot if self.backwards else slot) * 5):
+                await asyncio.sleep(0)
+            return answers
+
+    def drawn(backwards):
+        loop = run(Shuffled(backwards), CountingLearner(), steps=6, cells=5)[2]
+        return [choice.cell for choice in loop.choices]
+
+    assert drawn(True) == drawn(False) and len(set(drawn(True))) > 1
 
 
 def test_an_ungraded_answer_is_never_scored_zero():
@@ -151,3 +235,55 @@ def test_a_gradient_that_is_not_finite_stops_the_run():
 
     with pytest.raises(HealthStop, match="gradient norm is nan"):
         run(EchoGenerator(), Diverging())
+
+
+@pytest.mark.parametrize("max_staleness, save_every", [(0, 1), (0, 2), (2, 1), (2, 3)])
+def test_a_run_that_is_killed_again_and_again_trains_on_every_group_once_and_in_order(
+    tmp_path, max_staleness, save_every
+):
+    """Every life dies at its third step; what was trained after the last state is undone, and done again."""
+
+    class Dying(CountingLearner):
+        async def step(self, batch, publish_to=None):
+            if len(self.batches) == save_every + 1 and batch.version < 7:
+                raise ConnectionError("killed")
+            return await super().step(batch, publish_to)
+
+    states, history, lives = RunStates(tmp_path / "state"), {}, 0
+    while True:
+        lives += 1
+        learner = Dying()
+        try:
+            _, _, loop = run(EchoGenerator(), learner, steps=8, max_staleness=max_staleness, cells=5,
+                             states=states, save_every=save_every)  # fmt: skip
+        except ConnectionError:
+            history |= {batch.version: batch for batch in learner.batches}
+            continue
+        history |= {batch.version: batch for batch in learner.batches}
+        break
+    whole = CountingLearner()
+    _, _, uninterrupted = run(EchoGenerator(), whole, steps=8, max_staleness=max_staleness, cells=5)
+    assert lives > 1 and sorted(history) == list(range(8))
+    assert [choice.task.task_id for choice in loop.choices] == [c.task.task_id for c in uninterrupted.choices]
+    for batch in whole.batches if max_staleness == 0 else ():
+        assert batch == history[batch.version]
+
+
+def test_a_number_past_its_limit_is_told_then_engines_get_their_weights_again_then_the_run_stops():
+    class Mismatched(CountingLearner):
+        async def step(self, batch, publish_to=None):
+            report = await super().step(batch, publish_to)
+            return dataclasses.replace(report, metrics={"loss": 0.0, "grad_norm": 1.0, "mismatch_k3": 9.0})
+
+    taken, events = [], []
+
+    class Recording(EchoGenerator):
+        async def take_weights(self, path, version, expected_digest=None):
+            taken.append(version)
+            return await super().take_weights(path, version, expected_digest)
+
+    limits = {"mismatch_k3": Limit(warn=0.1, stop=1.0, resync=True)}
+    with pytest.raises(HealthStop, match="step 3: mismatch_k3 is 9, above 1 for 3 steps"):
+        run(Recording(), Mismatched(), steps=9, max_staleness=0, limits=limits, told=events)
+    assert [event["action"] for event in events if "action" in event] == ["resync", "warn", "stop"]
+    assert len(taken) > len(set(taken)), "no weights were given twice"

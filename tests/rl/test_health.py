@@ -1,0 +1,68 @@
+"""Limits and what follows from passing them, by hand."""
+
+import math
+
+import pytest
+
+from rl.health import DEAD_STEPS, DEFAULT_LIMITS, PATIENCE, HealthMonitor, Limit, dead_signal, is_looping
+
+FINE = {"truncated_share": 0.1, "signal_share": 0.5, "mask_share": 0.0, "grad_norm": 1.0, "weights_moved": True,
+        "pass_rate": 0.4}  # fmt: skip
+
+
+def actions(monitor, *values, name="x"):
+    return [[finding.action for finding in monitor.observe(FINE | {name: value})] for value in values]
+
+
+def test_a_warning_is_given_once_for_each_time_that_a_number_goes_wrong():
+    monitor = HealthMonitor({"x": Limit(warn=1.0, stop=5.0)})
+    assert actions(monitor, 0.5, 2.0, 3.0, 0.5, 2.0) == [[], ["warn"], [], [], ["warn"]]
+
+
+def test_a_stop_needs_patience_and_a_recovery_resets_it():
+    monitor = HealthMonitor({"x": Limit(warn=1.0, stop=5.0)})
+    assert actions(monitor, 9.0, 9.0, 0.0, 9.0, 9.0, 9.0)[-4:] == [[], ["warn"], ["warn"], ["stop"]]
+    assert PATIENCE == 3
+
+
+def test_what_fresh_weights_may_mend_is_first_given_them_once():
+    monitor = HealthMonitor({"x": Limit(stop=5.0, resync=True)})
+    assert actions(monitor, 9.0, 9.0, 9.0) == [["resync"], ["warn"], ["stop"]]
+    assert "is given the weights again" in HealthMonitor(monitor.limits).observe(FINE | {"x": 9.0})[0].text
+
+
+def test_lower_limits_and_numbers_that_are_none():
+    monitor = HealthMonitor({"x": Limit(warn=0.3, stop=0.1, below=True)})
+    assert actions(monitor, 0.5, 0.2, None, 0.05) == [[], ["warn"], [], ["warn"]]
+    for value in (math.nan, math.inf):
+        assert actions(HealthMonitor(monitor.limits), value) == [["stop"]]
+
+
+def test_a_step_without_a_metric_is_not_judged_by_it():
+    assert HealthMonitor(DEFAULT_LIMITS).observe(FINE) == []
+
+
+def test_an_answer_that_says_the_same_thing_again_and_again():
+    assert is_looping([5, 6, 7, 7, 7, 7]) and is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3])
+    assert not is_looping([7, 7, 7]) and not is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 4]) and not is_looping([])
+
+
+@pytest.mark.parametrize(
+    ("step", "told"),
+    [
+        ({"truncated_share": 1.0}, "raise max_answer_tokens"),
+        ({"signal_share": 0.0, "pass_rate": 0.0}, "easier tasks"),
+        ({"signal_share": 0.0, "pass_rate": 1.0}, "harder tasks"),
+        ({"mask_share": 1.0}, "masks every token"),
+        ({"grad_norm": 0.0}, "the gradient is zero"),
+        ({"weights_moved": False}, "do not change"),
+    ],
+)
+def test_a_run_that_cannot_learn_is_stopped_after_its_first_steps(step, told):
+    monitor = HealthMonitor({})
+    assert [monitor.observe(FINE | step) for _ in range(DEAD_STEPS - 1)] == [[]] * (DEAD_STEPS - 1)
+    (finding,) = monitor.observe(FINE | step)
+    assert finding.action == "stop" and told in finding.text
+    assert monitor.observe(FINE | step) == [], "later steps may be like that"
+    if "weights_moved" not in step:  # one such step among others proves nothing
+        assert dead_signal([FINE, FINE | step, FINE]) == ""

@@ -1,0 +1,110 @@
+"""States on disk: read back exactly, and never half of one."""
+
+import itertools
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rewards.task import Task
+from rl.controller import State
+from rl.curriculum import Curriculum
+from rl.run_state import LEARNER, LOOP, RunState, RunStates
+from rl.types import Rollout, RolloutGroup, SampledAnswer
+
+
+def a_group(slot: int) -> RolloutGroup:
+    task = Task(task_id=f"t{slot}", domain="maths", level=2, prompt="1+1", verifier="number", check={"answer": "2"})
+    answer = SampledAnswer(token_ids=[4, 5], logprobs=[-0.1, -1 / 3], versions=[0, 1], finish_reason="stop")
+    rollout = Rollout(task=task, group_id=str(slot), answer=answer, text="two", score=None, reason="sandbox died")
+    return RolloutGroup(group_id=str(slot), task=task, prompt_ids=[1, 2], rollouts=[rollout], leased_at_version=1)
+
+
+def a_state(version: int) -> RunState:
+    curriculum = Curriculum({"a": "maths"}, kind="thompson", band=(0.2, 0.8), decay=0.9, explore_share=0.1, seed=1)
+    return RunState(
+        protocol=State(version=version, next_slot=7, ready=(5,), lost=(("ungraded", 2),)),
+        curriculum=curriculum.state(), cells=["a"] * 8, groups=[a_group(5)], generated_tokens=10, trained_tokens=4,
+    )  # fmt: skip
+
+
+def publish(states: RunStates, version: int) -> None:
+    partial = states.open(version)
+    (partial / LEARNER).write_bytes(b"weights %d" % version)
+    states.publish(partial, a_state(version))
+
+
+def test_a_state_is_read_back_exactly_and_replaces_the_one_before(tmp_path):
+    states = RunStates(tmp_path / "state")
+    assert states.newest() is None
+    for version in (2, 12):
+        publish(states, version)
+        state, folder = RunStates(tmp_path / "state").newest()
+        assert state == a_state(version) and (folder / LEARNER).read_bytes() == b"weights %d" % version
+    assert [path.name for path in states.folder.iterdir()] == ["000012"]
+
+
+OPERATIONS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (Path, "write_bytes")]
+
+
+def die_at(nth: int) -> None:
+    """This process is gone before its nth operation."""
+    left = itertools.count(nth - 1, -1)
+
+    def counted(real):
+        return lambda *args, **kwargs: real(*args, **kwargs) if next(left) else os._exit(1)
+
+    for owner, name in OPERATIONS:
+        setattr(owner, name, counted(getattr(owner, name)))
+
+
+@pytest.mark.parametrize("replacing", [False, True])
+def test_kill_at_any_operation_leaves_the_old_state_or_the_new_one(tmp_path, replacing):
+    """A forked child is gone before its nth operation; the parent then starts as the next run would."""
+    nth, code = 0, 1
+    while code:
+        nth += 1
+        states = RunStates(tmp_path / str(nth))
+        if replacing:
+            publish(states, 1)
+        if (child := os.fork()) == 0:
+            die_at(nth)
+            publish(states, 2)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        newest = states.newest()
+        assert newest is not None or not replacing
+        if newest is not None:
+            state, folder = newest
+            assert state in (a_state(1), a_state(2))
+            assert (folder / LEARNER).read_bytes() == b"weights %d" % state.protocol.version
+        publish(states, 3)
+        assert states.newest()[0] == a_state(3) and len(list(states.folder.iterdir())) == 1
+    assert state == a_state(2) and nth > 5, "the kills were not where the work is"
+
+
+def test_a_restored_curriculum_draws_on_as_if_nothing_had_happened(tmp_path):
+    def curriculum(seed):
+        cells = {f"{domain}/{level}": domain for domain in ("maths", "code") for level in range(5)}
+        return Curriculum(cells, kind="thompson", band=(0.2, 0.8), decay=0.9, explore_share=0.2, seed=seed)
+
+    def go_on(one, rng):
+        drawn = []
+        for version in range(40):
+            drawn.append(one.choose())
+            one.observe(drawn[-1], rng.randint(0, 8), 8, version)
+        return drawn
+
+    first = curriculum(1)
+    go_on(first, random.Random(0))
+    states = RunStates(tmp_path / "state")
+    shutil.rmtree(states.folder, ignore_errors=True)
+    states.publish(states.open(1), RunState(
+        protocol=State(), curriculum=first.state(), cells=[], groups=[], generated_tokens=0, trained_tokens=0
+    ))  # fmt: skip
+    assert (states.newest()[1] / LOOP).exists()
+    other = curriculum(2)
+    other.restore(states.newest()[0].curriculum)
+    assert go_on(other, random.Random(5)) == go_on(first, random.Random(5))
