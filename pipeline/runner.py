@@ -405,7 +405,7 @@ class _Run:
         with suppress(InfrastructureError):
             self.run_dir.write_text(log, "".join(traceback.format_exception(error)))
             log_written = True
-        if type(error) not in EXIT_CODES:
+        if not isinstance(error, tuple(EXIT_CODES)):
             message = f"{where}: {type(error).__name__}: {message}"
             if log_written:
                 message += f"\nthe traceback is in {log}"
