@@ -1,10 +1,11 @@
 # Every target does its own set-up: a fresh machine needs bash, make and Python 3.11 or 3.12, nothing else.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit check report clean distclean
+.PHONY: help setup demo test unit soak check report clean distclean
 
 RECIPE ?= stages.yaml
 RUN ?= runs/tiny
+SEEDS ?= 100000
 ARGS ?=
 BIN := .venv/bin
 # Two OpenMP processes on one core collapse; a test runs many.
@@ -24,6 +25,9 @@ test: setup  ## all tests: unit, then integration (real vLLM, Ray and TRL)
 
 unit: setup  ## unit tests only, under a minute
 	@$(TEST_ENV) $(BIN)/python -m pytest tests --ignore tests/integration -n 2 $(ARGS)
+
+soak: setup  ## the protocol in SEEDS=100000 simulated worlds; a failing seed is printed
+	@DROVER_SEEDS=$(SEEDS) $(TEST_ENV) $(BIN)/python -m pytest -s tests/rl/test_simulation.py $(ARGS)
 
 check: setup  ## ruff, mypy, the direction of imports
 	@$(BIN)/ruff check .

@@ -31,6 +31,7 @@ from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, StepReco
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import (
     GeneratorGone,
+    Published,
     RolloutGroup,
     SampledAnswer,
     SampleRequest,
@@ -139,8 +140,8 @@ class RemoteGenerator:
             self.actor.call_async("sample", request, timeout_s=self.deadline_s), passed_on={"ValueError"}
         )
 
-    async def take_weights(self, path: str, version: int, expected_digest: str | None = None) -> SyncReport:
-        call = self.actor.call_async("take_weights", path, version, expected_digest, timeout_s=self.deadline_s)
+    async def take_weights(self, path: str, version: int, expected: Published) -> SyncReport:
+        call = self.actor.call_async("take_weights", path, version, expected, timeout_s=self.deadline_s)
         try:
             return await self._asked(call, passed_on={"WeightsRefused"})
         except ActorFailed as error:
@@ -176,7 +177,7 @@ class RemoteLearner:
         )
         return reports[0]
 
-    async def publish(self, path: str) -> str:
+    async def publish(self, path: str) -> Published:
         return await self.actors[0].call_async("publish", path, timeout_s=self.deadline_s)
 
     async def save_state(self, path: str) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from model.tensor_map import kv_bytes_per_token
-from rl.types import EngineSettings, SampledAnswer, SampleRequest, SyncReport
+from rl.types import EngineSettings, Published, SampledAnswer, SampleRequest, SyncReport
 from rl.weight_sync import WeightsRefused
 
 EXTENSION = "rl.worker_extension.WorkerExtension"
@@ -222,7 +222,7 @@ class VllmGenerator:
             raise RuntimeError(f"engine {self.name} is unusable: {self.broken}")
         prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
         if self.settings.prefix_caching:
-            prompt["cache_salt"] = str(self.version)
+            prompt["cache_salt"] = self._cache_salt()
         # The number keeps a repeated request id apart from one still in flight, which vLLM would refuse.
         unique_id = f"{request_id}#{next(self._request_numbers)}"
         self._num_in_flight += 1
@@ -233,14 +233,19 @@ class VllmGenerator:
         finally:
             self._num_in_flight -= 1
 
+    def _cache_salt(self) -> str:
+        """Cached keys and values are found by this too: none outlives its weights."""
+        return str(self.version)
+
     async def take_weights(
-        self, path: str, version: int, expected_digest: str | None = None, seed: int | None = None
+        self, path: str, version: int, expected: Published | None = None, seed: int | None = None
     ) -> SyncReport:
         """Exchange the weights for those at `path` (a safetensors file or a Hugging Face directory) and label them.
 
         Requests in flight stop between two tokens and go on with the new weights and their old KV entries. Weights
-        that are not exactly this model's, or not of `expected_digest`, raise WeightsRefused and leave engine and
-        version as they were. The generator that unseeded requests share restarts from (seed, version), whatever the
+        that are not exactly this model's, or not those of `expected`, raise WeightsRefused and leave engine and
+        version as they were. Afterwards the engine is asked what the learner was asked (`Probe`); what it makes of that
+        is reported, not judged. The generator that unseeded requests share restarts from (seed, version), whatever the
         engine did before; such requests still draw in the order in which they happen to arrive. Where samples must
         repeat, give each request its own seed.
         """
@@ -251,7 +256,7 @@ class VllmGenerator:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             try:
                 load_at = time.perf_counter()
-                update_info = {"path": str(path), "expected_digest": expected_digest}
+                update_info = {"path": str(path), "expected_digest": expected.digest if expected else None}
                 try:
                     await self._engine.start_weight_update()
                     await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
@@ -265,13 +270,16 @@ class VllmGenerator:
             finally:
                 if not self.broken:  # a half-loaded model must not produce another token
                     await self._engine.resume_generation()
+            pause_ms = (time.perf_counter() - paused_at) * 1e3
+            distance = 0.0
+            if expected is not None:
+                probe = expected.probe
+                (seen,) = await self.score_labels([probe.prompt_ids], probe.label_ids)
+                distance = probe.distance(seen)
             return SyncReport(
-                version=version,
-                num_tensors=receipt["num_tensors"],
-                digest=receipt["digest"],
-                pause_ms=(time.perf_counter() - paused_at) * 1e3,
-                load_ms=load_ms,
-            )
+                version=version, num_tensors=receipt["num_tensors"], digest=receipt["digest"], pause_ms=pause_ms,
+                load_ms=load_ms, probe_distance=distance,
+            )  # fmt: skip
 
     async def _explain_failed_update(self, path: str, error: Exception) -> None:
         """Raise what really happened: refused before anything was touched, or broken on the way."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from model.precision import Fp8Settings
 from rl.losses import Denominators, Objective, PolicyLoss, Tokens, policy_loss
-from rl.types import StepReport, TrainBatch
+from rl.types import Probe, Published, StepReport, TrainBatch
 
 if TYPE_CHECKING:
     import torch
@@ -61,6 +61,10 @@ class LearnerSettings:
 
 
 NEIGHBOUR_DEADLINE_S = 300.0
+PROBE_TOKENS = 160  # more than a block of the engine's cache, so that one that outlived its weights is seen
+PROBE_LABELS, PROBE_STRIDE = 16, 7919
+PROBE_TOLERANCE = 0.02  # nats; engine and learner in fp32 differ by 1e-6, or by the flip of one near-tie of a router
+PROBE_TOLERANCE_ROUNDED = 0.3  # where one side rounds to bf16 or FP8
 
 
 class PolicyLearner:
@@ -130,7 +134,7 @@ class PolicyLearner:
         staleness = Counter(str(batch.version - version) for versions in batch.token_versions for version in versions)
         self.version += 1
         stepped = time.perf_counter()
-        digest = self.publish(publish_to) if publish_to else ""
+        published = self.publish(publish_to) if publish_to else None
         metrics["learner_step_s"] = stepped - begin
         metrics["publish_ms"] = (time.perf_counter() - stepped) * 1e3
         return StepReport(
@@ -138,21 +142,39 @@ class PolicyLearner:
             metrics=metrics,
             trained_tokens=tokens,
             seconds=stepped - begin,
-            extras={"digest": digest, "staleness_counts": dict(staleness), "notes": self._taken_notes()},
+            published=published,
+            extras={"staleness_counts": dict(staleness), "notes": self._taken_notes()},
         )
 
     def _taken_notes(self) -> list[str]:
         notes, self.notes = self.notes, []
         return notes
 
-    def publish(self, path: str) -> str:
-        """Write the weights where engines can read them; returns their digest. Under FP8 they are what FP8 makes of
-        them, so that an engine without it samples what the learner computes; a checkpoint holds the exact ones."""
+    def publish(self, path: str) -> Published:
+        """Write the weights where engines can read them. Under FP8 they are what FP8 makes of them, so that an engine
+        without it samples what the learner computes; a checkpoint holds the exact ones."""
         from model.checkpoint import stored_weights
         from rl.weight_sync import publish_weights
 
         served = self.fp8.as_served(self.model.named_parameters()) if self.fp8 else None
-        return publish_weights(stored_weights(self.model, self._published_dtype(), served), path)
+        digest = publish_weights(stored_weights(self.model, self._published_dtype(), served), path)
+        return Published(digest=digest, probe=self._probe())
+
+    def _probe(self) -> Probe:
+        """Many different tokens, so that every expert has some: nonsense, which a network must answer all the same."""
+        import torch
+
+        config = self.model.config.get_text_config()
+        count = min(PROBE_TOKENS, config.max_position_embeddings // 2)
+        ids = [(PROBE_STRIDE * i + 1) % config.vocab_size for i in range(count)]
+        with torch.no_grad(), self._autocast():
+            logits_V = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, -1].float()
+        top = torch.log_softmax(logits_V, dim=-1).topk(PROBE_LABELS)
+        exact = self.settings.dtype == "float32" and self.fp8 is None
+        return Probe(
+            prompt_ids=ids, label_ids=top.indices.tolist(), logprobs=top.values.tolist(),
+            tolerance=PROBE_TOLERANCE if exact else PROBE_TOLERANCE_ROUNDED,
+        )  # fmt: skip
 
     def save_state(self, path: str) -> None:
         """All that the next step depends on, and what its gauges are measured from."""

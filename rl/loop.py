@@ -38,6 +38,7 @@ from rl.types import (
     Generator,
     GeneratorGone,
     Learner,
+    Published,
     Rollout,
     RolloutGroup,
     SampledAnswer,
@@ -146,7 +147,7 @@ class AsyncLoop:
         self.choices: list[Choice] = []  # by slot; made in their order, and before they are needed
         self.answered: dict[tuple[int, int], RolloutGroup] = {}  # slot, attempt → a group on its way to the controller
         self.groups: dict[int, RolloutGroup] = {}  # slot → accepted, not trained on yet
-        self.published: set[int] = set()  # versions whose file is there
+        self.published: dict[int, Published] = {}  # version → what the learner wrote, while its file is there
         self.timings = Timings()
         self.generated_tokens = self.trained_tokens = 0
         self.controller = self._controller(protocol.State())
@@ -174,11 +175,10 @@ class AsyncLoop:
         """Ends with the protocol's Finish, or with the first error of any task."""
         try:
             first = self.controller.learner_version
-            self.published.add(first)
             self._choose_up_to(first + self.bounds.max_staleness)
-            digest = await self.learner.publish(self._path(first))
+            self.published[first] = published = await self.learner.publish(self._path(first))
             async with asyncio.TaskGroup() as tasks:
-                self._events.put_nowait(protocol.Begin(digest))
+                self._events.put_nowait(protocol.Begin(published.digest))
                 watch = tasks.create_task(self._watch_lag())
                 while not self.controller.finished:
                     # Ended by any task's event; a task that dies cancels this wait through the group.
@@ -314,8 +314,9 @@ class AsyncLoop:
         for key in [key for key in self.answered if key[0] in slots]:
             self.on_lost(self.answered.pop(key))  # came after its generator had been given up
         batch, zero_signal = self._batch(step, groups)
-        self.published.add(step + 1)
         report = await self.learner.step(batch, self._path(step + 1))
+        assert report.published is not None
+        self.published[step + 1] = report.published
         norm = report.metrics.get("grad_norm", 0.0)
         if not math.isfinite(norm):
             raise GradientNotFinite(f"step {step}: gradient norm is {norm}; lower learning_rate or look at the batch")
@@ -330,7 +331,7 @@ class AsyncLoop:
         for text in report.extras.get("notes", ()):
             self.on_event("note", text=text)
         self._record(step, groups, report, waited, zero_signal)
-        return protocol.StepDone(report.version, report.extras["digest"])
+        return protocol.StepDone(report.version, report.published.digest)
 
     def _batch(self, step: int, groups: Sequence[RolloutGroup]) -> tuple[TrainBatch, int]:
         """The rows of a step, and how many groups carry no signal (all answers scored alike)."""
@@ -387,7 +388,7 @@ class AsyncLoop:
             "zero_signal_groups": zero_signal,
             "signal_share": 1 - zero_signal / len(groups),
             "repetition_share": sum(is_looping(r.answer.token_ids) for r in rollouts) / len(rollouts),
-            "weights_moved": report.extras["digest"] != self.controller.digests.get(step),
+            "weights_moved": self.published[step + 1].digest != self.published[step].digest,
             "loop_lag_s": self.timings.loop_lag_s,
             "groups": len(groups),
             "groups_lost": dict(self.controller.lost),
@@ -436,13 +437,18 @@ class AsyncLoop:
     async def _sync(self, sync: protocol.Sync) -> protocol.Event:
         """Requests in flight go on with the new weights."""
         begin = time.perf_counter()
-        digest = self.controller.digests[sync.version]
+        expected, generator = self.published[sync.version], self.generators[sync.generator]
         try:
-            report = await self.generators[sync.generator].take_weights(self._path(sync.version), sync.version, digest)
+            report = await generator.take_weights(self._path(sync.version), sync.version, expected)
         except SyncRefused as error:
             self.on_event("sync_refused", generator=sync.generator, version=sync.version, reason=str(error))
             return protocol.SyncFailed(sync, str(error))
         self.timings.sync_ms = (time.perf_counter() - begin) * 1e3
+        if not report.probe_distance <= expected.probe.tolerance:
+            raise HealthStop(
+                f"generator {sync.generator} was sent the bytes of version {sync.version}, but answers the probe "
+                f"otherwise than the learner: by {report.probe_distance:.3g} nats, {expected.probe.tolerance:g} allowed"
+            )
         return protocol.SyncDone(sync, report.digest if report.version == sync.version else f"version {report.version}")
 
     async def _restart(self, restart: protocol.Restart) -> protocol.Event:
@@ -453,7 +459,7 @@ class AsyncLoop:
         return protocol.GeneratorUp(restart.generator, restart.incarnation)
 
     def _forget(self, version: int) -> None:
-        self.published.discard(version)
+        self.published.pop(version, None)
         path = self._path(version)
         if os.path.exists(path):
             os.unlink(path)

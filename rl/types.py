@@ -7,6 +7,7 @@ version minus a token's version.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -66,6 +67,31 @@ class SampledAnswer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One question whose answer tells whether an engine computes what the learner computes: a digest says which bytes
+    arrived, not what became of them in there."""
+
+    prompt_ids: list[int]
+    label_ids: list[int]  # the likeliest next tokens, in the learner's eyes
+    logprobs: list[float]  # of each, at temperature 1
+    tolerance: float  # nats
+
+    def distance(self, seen: Sequence[float]) -> float:
+        """Mean |Δ log p| over the labels, each weighed by its probability."""
+        weights = [math.exp(logprob) for logprob in self.logprobs]
+        gaps = [weight * abs(a - b) for weight, a, b in zip(weights, self.logprobs, seen, strict=True)]
+        return sum(gaps) / sum(weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """Weights that a learner wrote for the engines."""
+
+    digest: str
+    probe: Probe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SyncReport:
     """What an engine says after it took a set of weights."""
 
@@ -74,6 +100,7 @@ class SyncReport:
     digest: str  # sha256 over every tensor's name, shape, dtype and bytes, as the engine received them
     pause_ms: float
     load_ms: float
+    probe_distance: float = 0.0  # from the learner, `Probe.distance`; 0 without a probe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +149,7 @@ class StepReport:
     metrics: dict[str, float]
     trained_tokens: int
     seconds: float = 0.0
+    published: Published | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
 
@@ -138,7 +166,7 @@ class Generator(Protocol):
     the caller's deadline, or raises GeneratorGone."""
 
     async def sample(self, request: SampleRequest) -> list[SampledAnswer]: ...
-    async def take_weights(self, path: str, version: int, expected_digest: str | None = None) -> SyncReport:
+    async def take_weights(self, path: str, version: int, expected: Published) -> SyncReport:
         """Raises SyncRefused too."""
         ...
 
@@ -151,8 +179,8 @@ class Learner(Protocol):
     """The trainer's side. Whatever goes wrong with it ends the run: every method raises within its deadline."""
 
     async def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport: ...
-    async def publish(self, path: str) -> str:
-        """Write the weights as engines shall have them; returns their digest."""
+    async def publish(self, path: str) -> Published:
+        """Write the weights as engines shall have them."""
         ...
 
     async def save_state(self, path: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 from vllm_checkpoints import VOCABULARY, save_dense, save_llama4
 
 from rl.generator import VllmGenerator
-from rl.types import EngineSettings, SampledAnswer, SampleRequest
+from rl.types import EngineSettings, Probe, Published, SampledAnswer, SampleRequest
 from rl.weight_sync import WeightsRefused, publish_weights
 
 pytestmark = pytest.mark.timeout(300)
@@ -208,7 +208,8 @@ def test_update_that_is_not_exactly_this_model_is_refused_and_changes_nothing(
         with pytest.raises(WeightsRefused, match=message):
             engine.run(generator.take_weights(str(tmp_path / "wrong.safetensors"), 6))
     with pytest.raises(WeightsRefused, match="was announced"):
-        engine.run(generator.take_weights(str(checkpoints["llama4-b"]), 6, expected_digest="0" * 64))
+        probe = Probe(prompt_ids=[1], label_ids=[2], logprobs=[-1.0], tolerance=1.0)
+        engine.run(generator.take_weights(str(checkpoints["llama4-b"]), 6, Published(digest="0" * 64, probe=probe)))
     with pytest.raises(WeightsRefused, match="no safetensors weights"):
         engine.run(generator.take_weights(str(tmp_path / "absent"), 6))
     after = engine.greedy()
@@ -217,8 +218,9 @@ def test_update_that_is_not_exactly_this_model_is_refused_and_changes_nothing(
     assert engine.run(generator.health())["version"] == 5
 
     digest = publish_weights(whole.items(), tmp_path / "right.safetensors")
-    report = engine.run(generator.take_weights(str(tmp_path / "right.safetensors"), 6, expected_digest=digest))
-    assert report.digest == digest and report.num_tensors == len(whole)
+    expected = Published(digest=digest, probe=probe)
+    report = engine.run(generator.take_weights(str(tmp_path / "right.safetensors"), 6, expected))
+    assert report.digest == digest and report.num_tensors == len(whole) and report.probe_distance > 0
 
 
 def test_cancelled_request_leaves_the_engine_free(engine: Engine) -> None:

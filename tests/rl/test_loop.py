@@ -12,7 +12,12 @@ from rl.curriculum import Curriculum
 from rl.health import HealthMonitor, Limit
 from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, TaskPool
 from rl.run_state import LEARNER, RunStates
-from rl.types import GeneratorGone, SampledAnswer, StepReport, SyncRefused, SyncReport
+from rl.types import GeneratorGone, Probe, Published, SampledAnswer, StepReport, SyncRefused, SyncReport
+
+
+def published(version):
+    probe = Probe(prompt_ids=[1], label_ids=[2], logprobs=[-0.5], tolerance=0.1)
+    return Published(digest=f"d{version}", probe=probe)
 
 
 class EchoGenerator:
@@ -32,9 +37,9 @@ class EchoGenerator:
             for index in range(request.num_samples)
         ]
 
-    async def take_weights(self, path, version, expected_digest=None):
+    async def take_weights(self, path, version, expected):
         self.version = version
-        return SyncReport(version=version, num_tensors=1, digest=self.digest or expected_digest, pause_ms=0, load_ms=0)
+        return SyncReport(version=version, num_tensors=1, digest=self.digest or expected.digest, pause_ms=0, load_ms=0)
 
     async def restart(self):
         self.restarts, self.version = self.restarts + 1, None
@@ -47,7 +52,7 @@ class CountingLearner:
         self.version = 0
 
     async def publish(self, path):
-        return f"d{self.version}"
+        return published(self.version)
 
     async def save_state(self, path):
         Path(path).write_text(str(self.version))
@@ -58,8 +63,10 @@ class CountingLearner:
     async def step(self, batch, publish_to=None):
         self.batches.append(batch)
         self.version = batch.version + 1
-        extras = {"digest": f"d{batch.version + 1}", "staleness_counts": {}}
-        return StepReport(version=batch.version + 1, metrics={"loss": 0.0}, trained_tokens=4, extras=extras)
+        return StepReport(
+            version=batch.version + 1, metrics={"loss": 0.0}, trained_tokens=4, published=published(batch.version + 1),
+            extras={"staleness_counts": {}},
+        )  # fmt: skip
 
 
 def run(
@@ -127,9 +134,9 @@ def test_engines_begin_with_what_the_learner_makes_of_the_checkpoint():
     class Recording(EchoGenerator):
         taken = []
 
-        async def take_weights(self, path, version, expected_digest=None):
-            self.taken.append((self.requests, version, expected_digest))
-            return await super().take_weights(path, version, expected_digest)
+        async def take_weights(self, path, version, expected):
+            self.taken.append((self.requests, version, expected.digest))
+            return await super().take_weights(path, version, expected)
 
     generator = Recording()
     run(generator, CountingLearner())
@@ -155,11 +162,21 @@ def test_the_first_error_of_a_background_task_ends_the_run():
 
 def test_an_engine_with_other_weights_stops_the_run():
     class StaleFromVersion1(EchoGenerator):
-        async def take_weights(self, path, version, expected_digest=None):
-            return await super().take_weights(path, version, expected_digest if version == 0 else "d0")
+        async def take_weights(self, path, version, expected):
+            return await super().take_weights(path, version, expected if version == 0 else published(0))
 
     with pytest.raises(HealthStop, match="holds digest d0 after it was given version 1; the learner published d1"):
         run(StaleFromVersion1(), CountingLearner())
+
+
+def test_an_engine_that_was_sent_the_right_bytes_and_computes_something_else_stops_the_run():
+    class Unpacked(EchoGenerator):
+        async def take_weights(self, path, version, expected):
+            report = await super().take_weights(path, version, expected)
+            return dataclasses.replace(report, probe_distance=0.2 if version == 2 else 0.0)
+
+    with pytest.raises(HealthStop, match="bytes of version 2, but answers the probe otherwise .* by 0.2 nats"):
+        run(Unpacked(), CountingLearner())
 
 
 @pytest.mark.parametrize("generators", [1, 2])
@@ -177,11 +194,11 @@ def test_a_refused_sync_is_tried_again():
     class RefusesOnce(EchoGenerator):
         refused = False
 
-        async def take_weights(self, path, version, expected_digest=None):
+        async def take_weights(self, path, version, expected):
             if version == 1 and not self.refused:
                 self.refused = True
                 raise SyncRefused("not now")
-            return await super().take_weights(path, version, expected_digest)
+            return await super().take_weights(path, version, expected)
 
     generator = RefusesOnce()
     records, events, _ = run(generator, CountingLearner())
@@ -278,9 +295,9 @@ def test_a_number_past_its_limit_is_told_then_engines_get_their_weights_again_th
     taken, events = [], []
 
     class Recording(EchoGenerator):
-        async def take_weights(self, path, version, expected_digest=None):
+        async def take_weights(self, path, version, expected):
             taken.append(version)
-            return await super().take_weights(path, version, expected_digest)
+            return await super().take_weights(path, version, expected)
 
     limits = {"mismatch_k3": Limit(warn=0.1, stop=1.0, resync=True)}
     with pytest.raises(HealthStop, match="step 3: mismatch_k3 is 9, above 1 for 3 steps"):

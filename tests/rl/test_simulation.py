@@ -20,6 +20,7 @@ SEEDS = int(os.environ.get("DROVER_SEEDS", "2000"))
 HUNT = 5000  # worlds for a planted bug; most are found in the first twenty
 
 
+@pytest.mark.timeout(0 if "DROVER_SEEDS" in os.environ else 180)
 def test_no_world_breaks_it() -> None:
     ends: Counter[str] = Counter()
     injected: Counter[str] = Counter()
