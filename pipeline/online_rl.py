@@ -66,7 +66,8 @@ def run(context: StageContext) -> dict[str, Any]:
         raise DataError(f"stages.{stage.name}.tasks: no task fits; lower max_answer_tokens or give other tasks")
     learners: list[Actor] = []
     try:
-        for settings in learner_settings(stage, checkpoint, context):
+        num_learners = context.recipe.cluster.learners
+        for settings in learner_settings(stage, checkpoint, context.seed, cluster.shared_dir, num_learners):
             learners.append(cluster.start(f"{stage.name}-learner-{settings.rank}", PolicyLearner, settings))
         asyncio.run(_start_all(learners, context.recipe.cluster.start_deadline_s))
         actors = cluster.generators(engine, architecture_digest(checkpoint))
@@ -79,7 +80,7 @@ def run(context: StageContext) -> dict[str, Any]:
             newest = states.newest()
             log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
             loop = AsyncLoop(
-                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), cluster.shared_dir),
+                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), cluster.shared_dir, context.seed),
                 TaskPool(
                     task_of=pool.task_of,
                     encode=lambda prompt: encode_prompt(tokenizer, prompt),
@@ -325,7 +326,9 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def learner_settings(stage: OnlineRlStage, checkpoint: Path, context: StageContext) -> list[LearnerSettings]:
+def learner_settings(
+    stage: OnlineRlStage, checkpoint: Path, seed: int, shared: Path, world_size: int
+) -> list[LearnerSettings]:
     """One for each learner."""
     first = LearnerSettings(
         checkpoint=str(checkpoint),
@@ -342,15 +345,15 @@ def learner_settings(stage: OnlineRlStage, checkpoint: Path, context: StageConte
         z_coef=stage.router.z_coef,
         objective=stage.objective.switches(),
         longest_answer=stage.max_answer_tokens,
-        seed=context.seed,
+        seed=seed,
         fp8=fp8_settings(stage.fp8),
-        world_size=context.recipe.cluster.learners,
-        rendezvous=str(context.cluster.shared_dir / f"{stage.name}-learners"),
+        world_size=world_size,
+        rendezvous=str(shared / f"{stage.name}-learners"),
     )
     return [replace(first, rank=rank) for rank in range(first.world_size)]
 
 
-def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path) -> LoopSettings:
+def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path, seed: int) -> LoopSettings:
     return LoopSettings(
         groups_per_step=stage.groups_per_step,
         group_size=stage.group_size,
@@ -366,6 +369,7 @@ def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared:
         weights_path=str(shared / "v{version}.safetensors"),
         sync_every=stage.sync_every_steps,
         save_every=stage.save_every_steps,
+        seed=seed,
     )
 
 

@@ -91,13 +91,13 @@ class RunState:
             case "progress" if stage:
                 stage.done, stage.total, stage.unit = event["done"], event["total"], event["unit"]
                 stage.rates.update(_extras(event))
-            case "note" if stage:
-                stage.remark = event.get("text", "")
             case "stage_completed" if stage:
                 stage.status, stage.ended, stage.remark = "done", event["time"], ""
             case "stage_failed" if stage:
                 stage.status = "stopped" if event.get("stopped") else "failed"
                 stage.ended, stage.remark = event["time"], event["error"]
+            case _ if stage and (text := _told(event)):
+                stage.remark = text
 
     def running(self) -> StageState | None:
         return next((stage for stage in self.stages.values() if stage.status == "running"), None)
@@ -174,7 +174,7 @@ class LiveView:
 
     def show(self, event: Event) -> None:
         self.state.fold(event)
-        plain = self._live is None or event["event"] == "note"  # on a terminal a note is printed above the view
+        plain = self._live is None or _told(event)  # on a terminal what people are told is printed above the view
         if plain and (line := self._plain_line(event)):
             self._console.print(Text(line), soft_wrap=True)
 
@@ -182,7 +182,7 @@ class LiveView:
         stage = self.state.stages.get(event.get("stage") or "")
         if stage is None and event["event"] not in ("actor_started", "actor_stopped", "note"):
             return None
-        text = None
+        text = _told(event)
         match event["event"]:
             case "stage_skipped":
                 text = "complete, skipped"
@@ -193,8 +193,6 @@ class LiveView:
                 if event["time"] - self._last_progress_line.get(stage.name, 0.0) >= PLAIN_PROGRESS_EVERY_S:
                     self._last_progress_line[stage.name] = event["time"]
                     text = f"{_amount(stage)}  {_rates_text(stage)}".rstrip()
-            case "note":
-                text = event.get("text", "")
             case "stage_completed":
                 text = f"done in {_clock(event['seconds'])}"
             case "stage_failed":
@@ -207,6 +205,23 @@ class LiveView:
             return None
         since_start = event["time"] - (self.state.started or event["time"])
         return f"[{_clock(since_start):>7}] {event.get('stage') or 'run'}: {text}"
+
+
+def _told(event: Event) -> str | None:
+    """What an event that is meant for people says."""
+    match event["event"]:
+        case "note":
+            return event.get("text", "")
+        case "health":
+            return f"step {event.get('step')}: {event.get('action')}: {event.get('text')}"
+        case "generator_died":
+            reason = str(event.get("reason", "")).split("\n")[0]
+            return f"generator {event.get('generator')} is lost, its groups are sampled again: {reason}"
+        case "generator_up":
+            return f"generator {event.get('generator')} is replaced after {event.get('seconds')} s"
+        case "sync_refused":
+            return f"generator {event.get('generator')} refused version {event.get('version')}: {event.get('reason')}"
+    return None
 
 
 def show_status(run_dir: Path | str, console: Console | None = None) -> int:

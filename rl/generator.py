@@ -103,6 +103,7 @@ class VllmGenerator:
         self._engine: Any = None
         self._request_numbers = itertools.count()
         self._num_in_flight = 0
+        self._batches: dict[str, dict[str, Any]] = {}  # being gathered: name → request id → prompt, parameters, future
         self._sync_lock = asyncio.Lock()
 
     async def start(self) -> dict[str, float]:
@@ -190,7 +191,7 @@ class VllmGenerator:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._generate(request.prompt_ids, params, request.request_id)
+        output = await self._generate(request.prompt_ids, params, request.request_id, request.together)
         return [_answer(completion) for completion in sorted(output.outputs, key=lambda one: one.index)]
 
     async def score_labels(self, prompts: list[list[int]], label_ids: list[int]) -> list[list[float]]:
@@ -216,7 +217,9 @@ class VllmGenerator:
         first_tokens = (output.outputs[0].logprobs[0] for output in outputs)
         return [[entries[label].logprob for label in label_ids] for entries in first_tokens]
 
-    async def _generate(self, prompt_ids: list[int], params: Any, request_id: str) -> Any:
+    async def _generate(
+        self, prompt_ids: list[int], params: Any, request_id: str, together: tuple[str, int] | None = None
+    ) -> Any:
         """Run one request to its end; cancelling the caller takes it out of the engine."""
         if self.broken:
             raise RuntimeError(f"engine {self.name} is unusable: {self.broken}")
@@ -226,12 +229,46 @@ class VllmGenerator:
         # The number keeps a repeated request id apart from one still in flight, which vLLM would refuse.
         unique_id = f"{request_id}#{next(self._request_numbers)}"
         self._num_in_flight += 1
+        answers = None
         try:
-            async for output in self._engine.generate(prompt, params, request_id=unique_id):
-                last = output
-            return last
+            if together is None:
+                answers = await self._engine.add_request(unique_id, prompt, params)
+            else:
+                answers = await self._added_together(unique_id, prompt, params, *together)
+            while not (output := answers.get_nowait() or await answers.get()).finished:
+                pass
+            return output
+        except BaseException:
+            if answers is not None:
+                await self._engine.abort(answers.request_id, internal=True)
+            raise
         finally:
             self._num_in_flight -= 1
+            if answers is not None:
+                answers.close()
+
+    async def _added_together(self, unique_id: str, prompt: dict[str, Any], params: Any, name: str, size: int) -> Any:
+        """Adds a batch when all of it is here, in the order of the ids, to a paused engine: which sequences are
+        computed together is then a matter of the batch, not of the moment at which each of its requests arrived. Ended
+        by the last one's arrival; the caller has a deadline."""
+        waiting = self._batches.setdefault(name, {})
+        waiting[unique_id] = (prompt, params, asyncio.get_running_loop().create_future())
+        mine = waiting[unique_id][2]
+        if len(waiting) == size:
+            del self._batches[name]
+            async with self._sync_lock:
+                await self._engine.pause_generation(mode="keep", clear_cache=False)
+                try:
+                    for one in sorted(waiting):
+                        its_prompt, its_params, added = waiting[one]
+                        added.set_result(await self._engine.add_request(one, its_prompt, its_params))
+                except Exception as error:
+                    for _, _, added in waiting.values():
+                        if not added.done():
+                            added.set_exception(error)
+                finally:
+                    await self._engine.resume_generation()
+        return await mine
 
     def _cache_salt(self) -> str:
         """Cached keys and values are found by this too: none outlives its weights."""

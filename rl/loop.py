@@ -20,6 +20,7 @@ that order too, from what it knows at version s - max_staleness.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import math
 import os
 import time
@@ -77,6 +78,7 @@ class LoopSettings:
     weights_path: str  # where the learner publishes, memory-backed: "{version}" is filled in
     sync_every: int = 1  # steps
     save_every: int = 0  # steps; 0: never
+    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,6 +148,7 @@ class AsyncLoop:
         self.bounds = protocol.Bounds(settings.groups_per_step, settings.max_staleness, settings.sync_every)
         self.choices: list[Choice] = []  # by slot; made in their order, and before they are needed
         self.answered: dict[tuple[int, int], RolloutGroup] = {}  # slot, attempt → a group on its way to the controller
+        self.together: dict[tuple[int, int], tuple[str, int]] = {}  # slot, attempt → the batch that it is sampled in
         self.groups: dict[int, RolloutGroup] = {}  # slot → accepted, not trained on yet
         self.published: dict[int, Published] = {}  # version → what the learner wrote, while its file is there
         self.timings = Timings()
@@ -182,7 +185,9 @@ class AsyncLoop:
                 watch = tasks.create_task(self._watch_lag())
                 while not self.controller.finished:
                     # Ended by any task's event; a task that dies cancels this wait through the group.
-                    for command in self.controller.handle(await self._events.get()):
+                    commands = self.controller.handle(await self._events.get())
+                    self._gather(commands)
+                    for command in commands:
                         self._start(command, tasks)
                 for task in (watch, *self._running):  # what a retired generator was asked, too
                     task.cancel()
@@ -194,6 +199,16 @@ class AsyncLoop:
         finally:
             for version in list(self.published):
                 self._forget(version)
+
+    def _gather(self, commands: Sequence[protocol.Command]) -> None:
+        """Without staleness, the groups that a generator is given at once are sampled as one batch. Its numbers then
+        depend on the batch alone, and a run can be repeated bit for bit."""
+        if self.bounds.max_staleness:
+            return
+        leases = [command for command in commands if isinstance(command, protocol.Lease)]
+        for generator in {lease.generator for lease in leases}:
+            batch = [lease for lease in leases if lease.generator == generator]
+            self.together |= {(lease.slot, lease.attempt): (f"{batch[0]}", len(batch)) for lease in batch}
 
     def _start(self, command: protocol.Command, tasks: asyncio.TaskGroup) -> None:
         match command:
@@ -262,12 +277,14 @@ class AsyncLoop:
         slot, choice = lease.slot, self.choices[lease.slot]
         leased_at = self.controller.generators[lease.generator].version
         request = SampleRequest(
-            request_id=f"slot{slot}.{lease.attempt}",
+            request_id=f"slot{slot:08}.{lease.attempt}",
             prompt_ids=choice.prompt_ids,
             num_samples=self.settings.group_size,
             max_tokens=self.settings.max_answer_tokens,
             temperature=self.settings.temperature,
             stop_token_ids=self.settings.stop_token_ids,
+            seed=self._seed(slot, leased_at),
+            together=self.together.pop((slot, lease.attempt), None),
         )
         answers = await self.generators[lease.generator].sample(request)
         if not self.generated_tokens:
@@ -282,6 +299,10 @@ class AsyncLoop:
         versions = [version for answer in answers for version in answer.versions]
         self.answered[slot, lease.attempt] = group
         return protocol.GroupReady(slot, lease.attempt, min(versions), max(versions))
+
+    def _seed(self, slot: int, version: int) -> int:
+        """What a group's answers are drawn with: not when, nor beside which others, nor on which engine."""
+        return int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{slot}/{version}".encode()).digest()[:4]) >> 1
 
     async def _graded(self, slot: int, choice: Choice, answers: list[SampledAnswer], leased_at: int) -> RolloutGroup:
         texts = [self.pool.decode(answer.token_ids) for answer in answers]

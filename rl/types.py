@@ -54,6 +54,7 @@ class SampleRequest:
     temperature: float = 1.0
     stop_token_ids: tuple[int, ...] = ()  # beside the checkpoint's own; the one that ends an answer is part of it
     seed: int | None = None  # None draws from the engine's own generator
+    together: tuple[str, int] | None = None  # (name, size) of a batch: the engine begins when it has all of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

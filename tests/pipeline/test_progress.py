@@ -108,3 +108,22 @@ def test_status_tells_a_living_run_from_a_dead_one(tmp_path: Path) -> None:
     run_dir.append_event("run_finished", exit_code=0)
     _, text = status_of(run_dir)
     assert "finished: exit 0" in text and "resume" not in text
+
+
+def test_what_happens_to_engines_and_what_health_says_is_told() -> None:
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    state = RunState.of(EVENTS)
+    view = LiveView(console)
+    view.state = state
+    for said in (
+        event(104.0, "generator_died", "warm", generator=0, incarnation=0, reason="actor died\nlast lines"),
+        event(105.0, "generator_up", "warm", generator=0, incarnation=1, seconds=17.5),
+        event(106.0, "sync_refused", "warm", generator=0, version=3, reason="1 missing"),
+        event(107.0, "health", "warm", step=9, action="stop", metric="ess", text="ess is 0.01, below 0.02"),
+    ):
+        view.show(said)
+    text = console.export_text()
+    assert "generator 0 is lost, its groups are sampled again: actor died" in text and "last lines" not in text
+    assert "generator 0 is replaced after 17.5 s" in text and "generator 0 refused version 3: 1 missing" in text
+    assert "step 9: stop: ess is 0.01, below 0.02" in text
+    assert state.stages["warm"].remark.startswith("step 9")
