@@ -169,8 +169,8 @@ def test_another_temperature_than_the_learner_believes_is_seen_by_the_mismatch(p
 def test_a_mask_that_is_off_by_one_token_is_seen_by_the_mismatch(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     real, moved = rl.batcher.micro_batches, []
 
-    def wrong(*args: Any, **kwargs: Any) -> list[rl.batcher.MicroBatch]:
-        cuts = real(*args, **kwargs)
+    def wrong(batch: TrainBatch, max_tokens: int, **_: Any) -> list[rl.batcher.MicroBatch]:
+        cuts = real(batch, max_tokens)
         moved.extend(cuts)
         return [dataclasses.replace(cut, answer_BS=cut.answer_BS.roll(-1, dims=1)) for cut in cuts]
 
