@@ -146,7 +146,8 @@ class AsyncLoop:
         self.states, self.health = states, health
         self.on_step, self.on_lost, self.on_event = on_step, on_lost, on_event
         self.bounds = protocol.Bounds(settings.groups_per_step, settings.max_staleness, settings.sync_every)
-        self.choices: list[Choice] = []  # by slot; made in their order, and before they are needed
+        self.choices: dict[int, Choice] = {}  # slot → made in their order, before it is needed; gone once trained on
+        self.num_chosen = 0
         self.answered: dict[tuple[int, int], RolloutGroup] = {}  # slot, attempt → a group on its way to the controller
         self.together: dict[tuple[int, int], tuple[str, int]] = {}  # slot, attempt → the batch that it is sampled in
         self.groups: dict[int, RolloutGroup] = {}  # slot → accepted, not trained on yet
@@ -169,7 +170,8 @@ class AsyncLoop:
         """Go on from there; before `run`."""
         await self.learner.load_state(learner_state)
         self.curriculum.restore(state.curriculum)
-        self.choices = [self._choice(cell, slot) for slot, cell in enumerate(state.cells)]
+        self.choices = {slot: self._choice(cell, slot) for slot, cell in state.cells.items()}
+        self.num_chosen = max(self.choices, default=self.bounds.slots_of(state.protocol.version).start - 1) + 1
         self.groups = {int(group.group_id): group for group in state.groups}
         self.generated_tokens, self.trained_tokens = state.generated_tokens, state.trained_tokens
         self.controller = self._controller(state.protocol)
@@ -265,8 +267,9 @@ class AsyncLoop:
     def _choose_up_to(self, step: int) -> None:
         """The tasks of all steps up to this one."""
         slots = self.bounds.slots_of(min(step, self.settings.num_steps - 1))
-        for slot in range(len(self.choices), slots.stop):
-            self.choices.append(self._choice(self.curriculum.choose(), slot))
+        for slot in range(self.num_chosen, slots.stop):
+            self.choices[slot] = self._choice(self.curriculum.choose(), slot)
+        self.num_chosen = max(self.num_chosen, slots.stop)
 
     def _choice(self, cell: str, slot: int) -> Choice:
         task = self.pool.task_of(cell, slot)
@@ -346,7 +349,7 @@ class AsyncLoop:
         for slot, group in zip(slots, groups):
             scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
             passes = sum(score >= 1.0 for score in scores)
-            self.curriculum.observe(self.choices[slot].cell, passes, len(scores), group.leased_at_version)
+            self.curriculum.observe(self.choices.pop(slot).cell, passes, len(scores), group.leased_at_version)
         self._choose_up_to(step + 1 + self.bounds.max_staleness)
         self.trained_tokens += report.trained_tokens
         for text in report.extras.get("notes", ()):
@@ -439,7 +442,7 @@ class AsyncLoop:
         return RunState(
             protocol=state,
             curriculum=self.curriculum.state(),
-            cells=[choice.cell for choice in self.choices],
+            cells={slot: choice.cell for slot, choice in self.choices.items()},
             groups=[self.groups[slot] for slot in state.ready],
             generated_tokens=self.generated_tokens,
             trained_tokens=self.trained_tokens,

@@ -28,7 +28,7 @@ LEARNER = "learner.pt"
 class RunState:
     protocol: State
     curriculum: dict[str, Any]  # `Curriculum.state()`
-    cells: list[str]  # of every slot drawn so far
+    cells: dict[int, str]  # slot → what was drawn for it; those that were not trained on yet
     groups: list[RolloutGroup]  # finished, not trained on yet: those of `protocol.ready`
     generated_tokens: int
     trained_tokens: int

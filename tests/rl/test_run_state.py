@@ -26,7 +26,8 @@ def a_state(version: int) -> RunState:
     curriculum = Curriculum({"a": "maths"}, kind="thompson", band=(0.2, 0.8), decay=0.9, explore_share=0.1, seed=1)
     return RunState(
         protocol=State(version=version, next_slot=7, ready=(5,), lost=(("ungraded", 2),)),
-        curriculum=curriculum.state(), cells=["a"] * 8, groups=[a_group(5)], generated_tokens=10, trained_tokens=4,
+        curriculum=curriculum.state(), cells={5: "a", 6: "a"}, groups=[a_group(5)], generated_tokens=10,
+        trained_tokens=4,
     )  # fmt: skip
 
 
@@ -102,7 +103,7 @@ def test_a_restored_curriculum_draws_on_as_if_nothing_had_happened(tmp_path):
     states = RunStates(tmp_path / "state")
     shutil.rmtree(states.folder, ignore_errors=True)
     states.publish(states.open(1), RunState(
-        protocol=State(), curriculum=first.state(), cells=[], groups=[], generated_tokens=0, trained_tokens=0
+        protocol=State(), curriculum=first.state(), cells={}, groups=[], generated_tokens=0, trained_tokens=0
     ))  # fmt: skip
     assert (states.newest()[1] / LOOP).exists()
     other = curriculum(2)
