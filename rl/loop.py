@@ -24,9 +24,10 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rewards.task import Score, Task, Ungraded
@@ -112,6 +113,7 @@ class Timings:
 
 
 LAG_PROBE_S = 0.2
+Work = Callable[[], Awaitable[protocol.Event]]
 
 
 @dataclass
@@ -213,39 +215,39 @@ class AsyncLoop:
             self.together |= {(lease.slot, lease.attempt): (f"{batch[0]}", len(batch)) for lease in batch}
 
     def _start(self, command: protocol.Command, tasks: asyncio.TaskGroup) -> None:
+        """What a command needs to know is looked up now: when its task begins to run, more may have happened."""
         match command:
             case protocol.Accept(slot, attempt):
                 self.groups[slot] = self.answered.pop((slot, attempt))
+                return
             case protocol.Drop(version):
                 self._forget(version)
+                return
             case protocol.Finish():
-                pass
-            case protocol.Save(version, state):  # what is true at this moment, before anything else happens
-                self._spawn(self._save(version, self._state(state)), command, tasks)
-            case _:
-                self._spawn(self._carry_out(command), command, tasks)
-
-    def _spawn(self, work: Coroutine[Any, Any, None], command: protocol.Command, tasks: asyncio.TaskGroup) -> None:
-        task = tasks.create_task(work, name=repr(command))
+                return
+            case protocol.Lease(_, _, index, incarnation):
+                sampling = partial(self._sample_group, command, self.controller.generators[index].version)
+                work = partial(self._or_death, index, incarnation, sampling)
+            case protocol.Train(step, slots):
+                work = partial(self._train, step, slots)
+            case protocol.Save(version, state):
+                work = partial(self._save, version, self._state(state))
+            case protocol.Sync(index, incarnation, version):
+                syncing = partial(self._sync, command, self.published[version])
+                work = partial(self._or_death, index, incarnation, syncing)
+            case protocol.Restart(index, incarnation):
+                work = partial(self._or_death, index, incarnation, partial(self._restart, command))
+        task = tasks.create_task(self._carry_out(work), name=repr(command))
         self._running.add(task)
         task.add_done_callback(self._running.discard)
 
-    async def _carry_out(self, command: protocol.Command) -> None:
-        """Ended by the answer to the command; every call in here has its own deadline."""
-        match command:
-            case protocol.Lease(_, _, generator, incarnation):
-                event = await self._or_death(generator, incarnation, self._sample_group(command))
-            case protocol.Train(step, slots):
-                event = await self._train(step, slots)
-            case protocol.Sync(generator, incarnation):
-                event = await self._or_death(generator, incarnation, self._sync(command))
-            case protocol.Restart(generator, incarnation):
-                event = await self._or_death(generator, incarnation, self._restart(command))
-        self._events.put_nowait(event)
+    async def _carry_out(self, work: Work) -> None:
+        """Ended by the answer to the command; every call in there has its own deadline."""
+        self._events.put_nowait(await work())
 
-    async def _or_death(self, index: int, incarnation: int, work: Awaitable[protocol.Event]) -> protocol.Event:
+    async def _or_death(self, index: int, incarnation: int, work: Work) -> protocol.Event:
         try:
-            return await work
+            return await work()
         except GeneratorGone as error:
             if (index, incarnation) not in self._deaths_told:  # once, not for every request that it had
                 self._deaths_told.add((index, incarnation))
@@ -275,10 +277,9 @@ class AsyncLoop:
         task = self.pool.task_of(cell, slot)
         return Choice(cell, task, self.pool.encode(task.prompt))
 
-    async def _sample_group(self, lease: protocol.Lease) -> protocol.Event:
+    async def _sample_group(self, lease: protocol.Lease, leased_at: int) -> protocol.Event:
         """A group whose every answer is ungraded is lost."""
         slot, choice = lease.slot, self.choices[lease.slot]
-        leased_at = self.controller.generators[lease.generator].version
         request = SampleRequest(
             request_id=f"slot{slot:08}.{lease.attempt}",
             prompt_ids=choice.prompt_ids,
@@ -448,20 +449,20 @@ class AsyncLoop:
             trained_tokens=self.trained_tokens,
         )
 
-    async def _save(self, version: int, state: RunState) -> None:
+    async def _save(self, version: int, state: RunState) -> protocol.Event:
         """Ended by the learner's answer or its deadline, and by the disk."""
         if self.settings.save_every:
             partial = await asyncio.to_thread(self.states.open, version)
             await self.learner.save_state(str(partial / LEARNER))
             await asyncio.to_thread(self.states.publish, partial, state)
-        self._events.put_nowait(protocol.Saved(version))
+        return protocol.Saved(version)
 
     # --- generators ----------------------------------------------------------------------------------------------
 
-    async def _sync(self, sync: protocol.Sync) -> protocol.Event:
+    async def _sync(self, sync: protocol.Sync, expected: Published) -> protocol.Event:
         """Requests in flight go on with the new weights."""
         begin = time.perf_counter()
-        expected, generator = self.published[sync.version], self.generators[sync.generator]
+        generator = self.generators[sync.generator]
         try:
             report = await generator.take_weights(self._path(sync.version), sync.version, expected)
         except SyncRefused as error:
