@@ -178,6 +178,9 @@ class RlRouterSettings(RouterSettings):
     policy: Literal["train", "frozen", "low_lr"] = Field(
         "frozen", description="as in `sft`; most RL recipes freeze, lest engine and learner route apart"
     )
+    replay: bool = Field(
+        False, description="the learner sends every token to the expert that the engine sent it to; gates stay live"
+    )
 
 
 class Fp8Section(Section):

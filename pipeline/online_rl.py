@@ -55,7 +55,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert isinstance(stage, OnlineRlStage)
     checkpoint = context.checkpoint(stage.policy)
     cluster = context.cluster
-    engine = engine_settings(stage.dtype, checkpoint, context.seed)
+    engine = engine_settings(stage.dtype, checkpoint, context.seed, record_routes=stage.router.replay)
     cluster.prestart_generators(engine, architecture_digest(checkpoint))
     tokenizer = load_tokenizer(checkpoint)
     room = engine.max_model_len - stage.max_answer_tokens

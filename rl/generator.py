@@ -123,6 +123,9 @@ class VllmGenerator:
         init_info = {"checkpoint": self.settings.checkpoint}
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
         await self._engine.update_weight_version("0")
+        self._recorder = "engine" if on_gpu else "extension"
+        if self.settings.record_routes and not on_gpu:
+            await self._engine.collective_rpc("record_routes")
         await self._seed_sampling()
         clock.lap("handshake_s")
         return clock.parts
@@ -162,7 +165,7 @@ class VllmGenerator:
                 disable_log_stats=True,
                 worker_extension_cls=EXTENSION,
                 weight_transfer_config=WeightTransferConfig(backend="shm"),
-                **({} if on_gpu else cpu_only),
+                **({"enable_return_routed_experts": settings.record_routes} if on_gpu else cpu_only),
             )
         )
 
@@ -191,8 +194,12 @@ class VllmGenerator:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        output = await self._generate(request.prompt_ids, params, request.request_id, request.together)
-        return [_answer(completion) for completion in sorted(output.outputs, key=lambda one: one.index)]
+        output, internal_id = await self._generate(request.prompt_ids, params, request.request_id, request.together)
+        completions = sorted(output.outputs, key=lambda one: one.index)
+        return [
+            _answer(completion, routes[: len(request.prompt_ids) + len(completion.token_ids) - 1] if routes else None)
+            for completion, routes in zip(completions, await self._routes(internal_id, completions))
+        ]
 
     async def score_labels(self, prompts: list[list[int]], label_ids: list[int]) -> list[list[float]]:
         """log p(label | prompt) over the whole vocabulary, at temperature 1: a row per prompt, a column per label."""
@@ -214,13 +221,14 @@ class VllmGenerator:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         outputs = await asyncio.gather(*(self._generate(prompt, params, "score") for prompt in prompts))
-        first_tokens = (output.outputs[0].logprobs[0] for output in outputs)
+        first_tokens = (output.outputs[0].logprobs[0] for output, _ in outputs)
         return [[entries[label].logprob for label in label_ids] for entries in first_tokens]
 
     async def _generate(
         self, prompt_ids: list[int], params: Any, request_id: str, together: tuple[str, int] | None = None
-    ) -> Any:
-        """Run one request to its end; cancelling the caller takes it out of the engine."""
+    ) -> tuple[Any, str]:
+        """Run one request to its end: its output, and vLLM's own name for it. Cancelling the caller takes it out of
+        the engine."""
         if self.broken:
             raise RuntimeError(f"engine {self.name} is unusable: {self.broken}")
         prompt: dict[str, Any] = {"prompt_token_ids": prompt_ids}
@@ -237,7 +245,7 @@ class VllmGenerator:
                 answers = await self._added_together(unique_id, prompt, params, *together)
             while not (output := answers.get_nowait() or await answers.get()).finished:
                 pass
-            return output
+            return output, answers.request_id
         except BaseException:
             if answers is not None:
                 await self._engine.abort(answers.request_id, internal=True)
@@ -269,6 +277,16 @@ class VllmGenerator:
                 finally:
                     await self._engine.resume_generation()
         return await mine
+
+    async def _routes(self, internal_id: str, completions: list[Any]) -> list[list[list[int]] | None]:
+        """The experts that each completion's tokens took, [tokens, MoE layers]."""
+        if not self.settings.record_routes:
+            return [None] * len(completions)
+        if self._recorder == "engine":  # [tokens, layers, 1] (not measured on a GPU)
+            return [completion.routed_experts[:, :, 0].tolist() for completion in completions]
+        names = [internal_id] if len(completions) == 1 else [f"{one.index}_{internal_id}" for one in completions]
+        (routes, *_) = await self._engine.collective_rpc("take_routes", args=(names,))
+        return routes
 
     def _cache_salt(self) -> str:
         """Cached keys and values are found by this too: none outlives its weights."""
@@ -359,7 +377,7 @@ class VllmGenerator:
             self._engine = None
 
 
-def _answer(completion: Any) -> SampledAnswer:
+def _answer(completion: Any, routes: list[list[int]] | None) -> SampledAnswer:
     token_ids = list(completion.token_ids)
     chosen = completion.logprobs
     # Each position lists the chosen token first, and here nothing else.
@@ -371,6 +389,7 @@ def _answer(completion: Any) -> SampledAnswer:
         logprobs=list(chosen.logprobs),
         versions=versions_of(completion.weight_versions, len(token_ids)),
         finish_reason=completion.finish_reason,
+        routes=routes,
     )
 
 

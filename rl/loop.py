@@ -376,6 +376,7 @@ class AsyncLoop:
             generator_logprobs=[rollout.answer.logprobs for _, rollout, _ in rows],
             token_versions=[rollout.answer.versions for _, rollout, _ in rows],
             advantages=[advantage for _, _, advantage in rows],
+            routes=[rollout.answer.routes for _, rollout, _ in rows],
         )
         oldest = min(version for versions in batch.token_versions for version in versions)
         assert step - oldest <= self.settings.max_staleness, f"step {step} would train on a token of version {oldest}"

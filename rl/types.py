@@ -28,6 +28,7 @@ class EngineSettings:
     seed: int = 0
     prefix_caching: bool = False  # for judges: many prompts with one beginning; salted by version where it is on
     max_labels: int = 20  # labels one `score_labels` call may ask for
+    record_routes: bool = False  # answers say which expert each token took, for a learner that replays them
 
     def reuse_key(self, architecture_digest: str) -> tuple[object, ...]:
         """Engines differ by shape and settings, not by weights: weights can be loaded into a running engine."""
@@ -40,6 +41,7 @@ class EngineSettings:
             self.num_threads,
             self.prefix_caching,
             self.max_labels,
+            self.record_routes,
         )
 
 
@@ -65,6 +67,8 @@ class SampledAnswer:
     logprobs: list[float]  # natural log, at the sampling temperature, of the engine that sampled
     versions: list[int]  # the policy version that produced each token
     finish_reason: str  # "stop" (ended by itself) or "length" (truncated)
+    # Expert ids [tokens, MoE layers] of the prompt and all of the answer but its last token, which was never routed.
+    routes: list[list[int]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

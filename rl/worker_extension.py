@@ -7,6 +7,7 @@ engine as it was. After an accepted one the engine equals, bit for bit, an engin
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,12 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import layerwise
+from vllm.model_executor.models.llama4 import Llama4MoE
 
 from rl.weight_sync import WeightFiles, WeightsRefused, check_names, check_tied_head, weights_digest
 
 BACKEND = "shm"
+KEPT_ROUTES = 4096  # requests
 
 
 def repack_for_cpu(model: torch.nn.Module) -> None:
@@ -123,10 +126,53 @@ if BACKEND not in WeightTransferEngineFactory._registry:
     WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
 
 
+class RouteRecorder:
+    """Which expert each token of each request took. vLLM returns that itself, but not on a CPU."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.step: list[torch.Tensor] = []  # expert ids [tokens] of each MoE layer, in this step
+        self.of_request: OrderedDict[str, list[torch.Tensor]] = OrderedDict()
+        for module in runner.model.modules():
+            if isinstance(module, Llama4MoE):
+                module.router.register_forward_hook(self._note)
+        self.execute, runner.execute_model = runner.execute_model, self._recorded
+
+    def _note(self, router: torch.nn.Module, inputs: Any, output: Any) -> None:
+        self.step.append(output[0].argmax(dim=-1).short())
+
+    def _recorded(self, scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        self.step.clear()
+        output = self.execute(scheduled, *args, **kwargs)
+        if self.step:
+            ids_TM, first = torch.stack(self.step, dim=1), 0
+            for request in self.runner.input_batch.req_ids:  # in the order in which their tokens lie
+                count = scheduled.num_scheduled_tokens.get(request, 0)
+                self.of_request.setdefault(request, []).append(ids_TM[first : first + count])
+                first += count
+            while len(self.of_request) > KEPT_ROUTES:  # of requests that nobody asked about
+                self.of_request.popitem(last=False)
+        return output
+
+    def take(self, request: str) -> list[list[int]]:
+        """Empty for a model without experts."""
+        steps = self.of_request.pop(request, [])
+        return torch.cat(steps).tolist() if steps else []
+
+
 class WorkerExtension:
     """Mixed into the vLLM worker; its methods are called by name through `collective_rpc`."""
 
     weight_transfer_engine: Any
+    model_runner: Any
+
+    def record_routes(self) -> None:
+        """From now on, for every request that comes."""
+        self.routes = RouteRecorder(self.model_runner)
+
+    def take_routes(self, requests: list[str]) -> list[list[list[int]]]:
+        """Expert ids [tokens, MoE layers] of each finished request; they are forgotten."""
+        return [self.routes.take(request) for request in requests]
 
     def weight_receipt(self) -> dict[str, Any]:
         """The `Receipt` of the last update, as plain values."""

@@ -60,7 +60,7 @@ class Pair:
         assert report.digest == published.digest
         return report.probe_distance / published.probe.tolerance
 
-    def sample(self, temperature: float = 1.0) -> TrainBatch:
+    def sample(self, temperature: float = 1.0, replay: bool = False) -> TrainBatch:
         prompts = [[1, 5 + i, 9, 40 + i, 7, 30] for i in range(8)]
 
         requests = [
@@ -79,6 +79,7 @@ class Pair:
             generator_logprobs=[answer.logprobs for _, answer in rows],
             token_versions=[answer.versions for _, answer in rows],
             advantages=[1.0 if row % 2 else -1.0 for row in range(len(rows))],
+            routes=[answer.routes for _, answer in rows] if replay else None,
         )
 
 
@@ -94,7 +95,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     patch = pytest.MonkeyPatch()
     patch.setattr(rl.generator, "EXTENSION", "faulty_extension.FaultyExtension")
     # A cache, as judges have it: salted by version, so that it does no harm unless a test breaks the salt.
-    settings = EngineSettings(checkpoint=str(BASE), max_num_seqs=32, kv_cache_gib=0.25, prefix_caching=True)
+    settings = EngineSettings(
+        checkpoint=str(BASE), max_num_seqs=32, kv_cache_gib=0.25, prefix_caching=True, record_routes=True
+    )
     generator = VllmGenerator(settings, "under-test")
     with asyncio.Runner() as runner:
         try:
@@ -179,3 +182,25 @@ def test_a_mask_that_is_off_by_one_token_is_seen_by_the_mismatch(pair: Pair, mon
     seen = first_seen(pair)
     print(f"wrong mask: {seen}")
     assert moved and seen.startswith(("mismatch", "mean_exp"))
+
+
+def delayed(batch: TrainBatch) -> TrainBatch:
+    assert batch.routes is not None
+    routes = [[row[0], *row[:-1]] for row in batch.routes if row]
+    assert routes != batch.routes
+    return dataclasses.replace(batch, routes=routes)
+
+
+def test_routes_that_are_replayed_off_by_one_token_are_seen_by_the_agreement(pair: Pair) -> None:
+    pair.renew()
+    batch = pair.sample(replay=True)
+    assert batch.routes is not None
+    for prompt, answer, routes in zip(batch.prompt_ids, batch.answer_ids, batch.routes):
+        assert routes and len(routes) == len(prompt) + len(answer) - 1 and len(routes[0]) == 2
+    sound = pair.learner.step(batch).metrics
+    assert sound["router/agreement"] > 0.999, "the engine's routes are not the learner's"
+    assert sound["router_replay_missing"] == sum(1 for row in batch.routes) and sound["mismatch_k3"] < 1e-6
+    pair.renew()
+    seen = first_seen(pair, corrupt=delayed, replay=True)
+    print(f"replay off by one: {seen}")
+    assert seen.startswith(("router/agreement", "mismatch", "mean_exp"))
