@@ -12,13 +12,11 @@ Axes: T tokens, R = T rows sorted by expert, D hidden size, F expert width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-
-BLOCK_BYTES = 2**18  # of one tensor; a handful of them fit into a core's second-level cache
+from torch.nn import functional as F
 
 
 def inverse(order_R: torch.Tensor) -> torch.Tensor:
@@ -60,34 +58,24 @@ class _Gated(torch.autograd.Function):
         ctx: Any, x_TD: torch.Tensor, gate_T: torch.Tensor, order_R: torch.Tensor, inverse_T: torch.Tensor
     ) -> torch.Tensor:
         ctx.save_for_backward(x_TD, gate_T, order_R, inverse_T)
-        rows_RD, gate_R1 = torch.empty_like(x_TD), gate_T[order_R].unsqueeze(1).to(x_TD.dtype)
-        for rows, order, gate in _blocks(rows_RD, order_R, gate_R1):
-            torch.index_select(x_TD, 0, order, out=rows).mul_(gate)
-        return rows_RD
+        return x_TD.index_select(0, order_R).mul_(gate_T[order_R].unsqueeze(1).to(x_TD.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, drows_RD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TD, gate_T, order_R, inverse_T = ctx.saved_tensors
-        dx_TD, dgate_T = torch.empty_like(drows_RD), torch.empty_like(gate_T, dtype=x_TD.dtype)
-        gate_T1 = gate_T.unsqueeze(1).to(x_TD.dtype)
-        for dx, dgate, x, gate, inverse in _blocks(dx_TD, dgate_T, x_TD, gate_T1, inverse_T):
-            torch.index_select(drows_RD, 0, inverse, out=dx)
-            torch.linalg.vecdot(dx, x, out=dgate)
-            dx.mul_(gate)
-        return dx_TD, dgate_T.to(gate_T.dtype), None, None
+        dscaled_TD = drows_RD.index_select(0, inverse_T)
+        dgate_T = torch.linalg.vecdot(dscaled_TD, x_TD).to(gate_T.dtype)
+        return dscaled_TD.mul_(gate_T.unsqueeze(1).to(x_TD.dtype)), dgate_T, None, None
 
 
 class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_R2F: torch.Tensor) -> torch.Tensor:
         gate_RF, up_RF = h_R2F.chunk(2, dim=-1)
-        silu_RF, out_RF = torch.empty_like(gate_RF), torch.empty_like(gate_RF)
-        for silu, out, gate, up in _blocks(silu_RF, out_RF, gate_RF, up_RF):
-            torch.ops.aten.silu.out(gate, out=silu)
-            torch.mul(silu, up, out=out)
+        silu_RF = F.silu(gate_RF)
         ctx.save_for_backward(h_R2F, silu_RF)
-        return out_RF
+        return silu_RF * up_RF
 
     @staticmethod
     @once_differentiable
@@ -96,16 +84,6 @@ class _SwiGlu(torch.autograd.Function):
         gate_RF, up_RF = h_R2F.chunk(2, dim=-1)
         dh_R2F = torch.empty_like(h_R2F)
         dgate_RF, dup_RF = dh_R2F.chunk(2, dim=-1)
-        for dgate, dup, dy, gate, up, silu in _blocks(dgate_RF, dup_RF, dy_RF, gate_RF, up_RF, silu_RF):
-            torch.mul(dy, silu, out=dup)
-            torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        torch.mul(dy_RF, silu_RF, out=dup_RF)
+        torch.ops.aten.silu_backward.grad_input(dy_RF * up_RF, gate_RF, grad_input=dgate_RF)
         return dh_R2F
-
-
-def _blocks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """The same few rows of each, on a CPU: the second operation on them finds them in the cache."""
-    first = tensors[0]
-    rows = len(first)
-    if rows and first.device.type == "cpu":
-        rows = BLOCK_BYTES // first[0].nbytes
-    return zip(*(tensor.split(max(1, rows)) for tensor in tensors))
