@@ -76,6 +76,7 @@ def run(context: StageContext) -> dict[str, Any]:
             return cluster.replace_generator(actor, engine, architecture_digest(checkpoint))
 
         with Sandbox() as sandbox, ThreadPoolExecutor(GRADER_THREADS, "grader") as graders:
+            _remove_remains(context.work)
             states = RunStates(context.work / "state")
             newest = states.newest()
             log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
@@ -112,6 +113,14 @@ def run(context: StageContext) -> dict[str, Any]:
         for learner in learners:
             cluster.stop(learner)
     return log.summary()
+
+
+def _remove_remains(work: Path) -> None:
+    """What a killed run left beside what a resumed one goes on from: a checkpoint that was being written, say."""
+    for path in work.iterdir():
+        if path.name.startswith(".") or path.name in ("state", "rollouts", "steps.jsonl", "curriculum.jsonl"):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 async def _run(loop: AsyncLoop, newest: tuple[RunState, Path] | None, context: StageContext) -> None:

@@ -55,7 +55,6 @@ def test_a_killed_generator_is_replaced_and_a_killed_run_goes_on_with_every_task
     assert any(note.startswith("resumed after step") for note in notes), notes
     steps = [json.loads(line) for line in (run_dir / "climb" / "steps.jsonl").read_text().splitlines()]
     assert [step["step"] for step in steps] == list(range(1, STEPS + 1))
-    assert sum(steps[-1]["groups_lost"].values()) >= 1 and "generator died" in str(steps[-1]["groups_lost"])
     rollouts = pq.read_table(run_dir / "climb" / "rollouts.parquet", columns=["group_id", "step"]).to_pylist()
     trained = [row["group_id"] for row in rollouts if row["step"]]
     assert sorted(trained, key=int) == [str(slot) for slot in range(GROUPS * STEPS) for _ in range(8)]

@@ -45,7 +45,7 @@ PROGRAM = textwrap.dedent(
         "time.sleep(600)"
     )
     if how != "quick":
-        world.behaviour["climb"] = slow
+        world.behaviour["warm"] = slow
     code = run(make_recipe(root), doors=world.doors())
     print("ran", *world.ran)
     sys.exit(code)
@@ -84,12 +84,12 @@ def test_kill_in_the_middle_of_a_stage_then_the_same_command_completes(tmp_path:
     process.wait(timeout=10)
     os.kill(pids[1], signal.SIGKILL)  # the stage's child is Ray's to end; here there is no Ray
     run_dir = RunDir(tmp_path / "run")
-    assert (tmp_path / "run/climb.partial/half_written").exists() and run_dir.read_complete("climb") is None
+    assert (tmp_path / "run/warm.partial/half_written").exists() and run_dir.read_complete("warm") is None
     assert run_dir.holder() is None
     again = start(tmp_path, "quick")
     output, _ = again.communicate(timeout=60)
-    assert again.returncode == 0 and "ran climb score" in output, output
-    assert run_dir.read_complete("climb", verify=True) and not (tmp_path / "run/climb/half_written").exists()
+    assert again.returncode == 0 and "ran warm climb score" in output, output
+    assert run_dir.read_complete("warm", verify=True) and not (tmp_path / "run/warm/half_written").exists()
 
 
 @pytest.mark.parametrize(
