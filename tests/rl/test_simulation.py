@@ -163,11 +163,14 @@ class AcceptsBeforeTheProof(Controller):
     """Found too: an engine that was given half of its weights answered before it had been read back."""
 
     def _on_ready(self, event: protocol.GroupReady) -> list[protocol.Command]:
-        holder = self._holder(event.slot, event.attempt)
-        proved = min(event.newest, holder.version) if holder else event.newest
-        return super()._on_ready(
-            protocol.GroupReady(event.slot, event.attempt, event.oldest, max(proved, event.oldest))
-        )
+        commands = super()._on_ready(event)
+        for generator in self.generators:
+            if event in generator.unproved:
+                generator.unproved.remove(event)
+                generator.leases.discard(event.slot)
+                self.ready.add(event.slot)
+                return [protocol.Accept(event.slot, event.attempt), *self._advance()]
+        return commands
 
 
 BUGS = Controller.__subclasses__()
