@@ -191,6 +191,8 @@ class World:
                 self._check((slot, attempt) in self.answers, f"slot {slot} was accepted without an answer")
                 self.groups[slot] = self.answers.pop((slot, attempt))
                 self._check(not self.groups[slot].lied, f"slot {slot} was accepted with versions that cannot be")
+                garbage = CORRUPT in self.groups[slot].tokens
+                self._check(not garbage, f"slot {slot} was accepted with tokens of half-applied weights")
             case protocol.Train():
                 self._train(command)
             case protocol.Save():

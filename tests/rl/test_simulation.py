@@ -159,20 +159,6 @@ class TakesTheAnswerToAnotherSync(Controller):
         return super()._on_sync(answered)
 
 
-class AcceptsBeforeTheProof(Controller):
-    """Found too: an engine that was given half of its weights answered before it had been read back."""
-
-    def _on_ready(self, event: protocol.GroupReady) -> list[protocol.Command]:
-        commands = super()._on_ready(event)
-        for generator in self.generators:
-            if event in generator.unproved:
-                generator.unproved.remove(event)
-                generator.leases.discard(event.slot)
-                self.ready.add(event.slot)
-                return [protocol.Accept(event.slot, event.attempt), *self._advance()]
-        return commands
-
-
 BUGS = Controller.__subclasses__()
 
 
