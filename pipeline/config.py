@@ -239,10 +239,12 @@ class ObjectiveSettings(Section):
     pass_at_k: PositiveInt = Field(1, description="k of advantage: pass_at_k, less than group_size")
     ratio: Literal["token", "sequence"] = Field("token", description="of π to the proximal policy: each token's, or "
                                                 "its whole answer's geometric mean (GSPO)")  # fmt: skip
-    trust_region: Literal["none", "ppo", "cispo", "dppo"] = "ppo"
+    trust_region: Literal["none", "ppo", "cispo", "aipo", "dppo"] = "ppo"
     clip_low: PositiveFloat = Field(0.2, description="ratio floor is 1 - clip_low; of the probability itself for dppo")
     clip_high: PositiveFloat = Field(0.28, description="ratio ceiling is 1 + clip_high; of the probability for dppo")
-    ratio_cap: PositiveFloat = Field(2.0, description="bounds the ratio where ppo and dppo leave it open: min(r, cap)")
+    ratio_cap: PositiveFloat = Field(
+        2.0, description="bounds the ratio where ppo and dppo leave it open, and in aipo: min(r, cap)"
+    )
     proximal: Literal["recomputed", "rollout", "log_linear"] = Field(
         "rollout", description="the policy that the trust region is around: the learner at the start of the step, the "
         "one that sampled, or in between by staleness",
@@ -266,8 +268,8 @@ class ObjectiveSettings(Section):
 
     def idle_keys(self) -> dict[str, str]:
         idle: dict[str, str] = {}
-        if self.trust_region == "none":
-            idle |= dict.fromkeys(("clip_low", "clip_high"), "trust_region is none")
+        if self.trust_region in ("none", "aipo"):
+            idle |= dict.fromkeys(("clip_low", "clip_high"), f"trust_region is {self.trust_region}")
         if self.trust_region in ("none", "cispo"):
             idle["ratio_cap"] = f"trust_region {self.trust_region} bounds both sides, or none"
         if self.proximal == "rollout":

@@ -19,6 +19,7 @@ value is not.
                 ppo     r where it may still move: 0 if A > 0, r > 1 + high or A < 0, r < 1 - low (Schulman et al. 2017;
                         asymmetric: DAPO, Yu et al. 2025); min(r, ratio_cap) bounds what is left open, A < 0, r large
                 cispo   r clamped to [1 - low, 1 + high], nothing dropped (MiniMax-M1 2025)
+                aipo    min(r, ratio_cap), nothing dropped (LlamaRL, Wu et al. 2025; its r is π/μ: proximal rollout)
                 dppo    r where the *probability* has not moved by more than high up, low down (DPPO 2026)
     ratio       token   r_t as it is
                 sequence  exp(mean log r) of its answer for every token (GSPO, Zheng et al. 2025)
@@ -33,7 +34,7 @@ value is not.
                 sequence_mean   c = 1/(M · length of its answer), M the answers with signal
                 constant        c = 1/(M · longest answer allowed)                     (Dr. GRPO, Liu et al. 2025)
 
-AIPO (LlamaRL, Wu et al. 2025), min(π/μ, ρ)·A·∇log π, is `aipo(ρ)`. Two more terms, each off at 0:
+Two more terms, each off at 0:
 
     entropy  + β Σ c_t (-log π_t - H_t): its expected gradient is that of β·H, with H_t as baseline, at no extra pass
     kl       + κ Σ c_t ½ (log π_t - log μ_t)²: on policy the gradient of KL(π‖μ) (k2 of Schulman's note)
@@ -61,7 +62,7 @@ class Objective:
     """The switches, each described above."""
 
     ratio: Literal["token", "sequence"] = "token"
-    trust_region: Literal["none", "ppo", "cispo", "dppo"] = "ppo"
+    trust_region: Literal["none", "ppo", "cispo", "aipo", "dppo"] = "ppo"
     clip_low: float = 0.2
     clip_high: float = 0.28
     ratio_cap: float = 2.0
@@ -72,11 +73,6 @@ class Objective:
     aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean"
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
-
-
-def aipo(cap: float) -> Objective:
-    """min(π/μ, cap)·A·∇log π."""
-    return Objective(trust_region="cispo", clip_low=1.0, clip_high=cap - 1, proximal="rollout")
 
 
 # --- advantages ---------------------------------------------------------------------------------------------------
@@ -203,6 +199,8 @@ def _region(
         return r, r.new_zeros(r.shape).bool()
     if objective.trust_region == "cispo":
         return r.clamp(1 - low, 1 + high), (r < 1 - low) | (r > 1 + high)
+    if objective.trust_region == "aipo":
+        return r.clamp(max=objective.ratio_cap), r > objective.ratio_cap
     up, down = (moved > high, moved < -low) if objective.trust_region == "dppo" else (r > 1 + high, r < 1 - low)
     stopped = ((advantage > 0) & up) | ((advantage < 0) & down)
     return r.clamp(max=objective.ratio_cap) * ~stopped, stopped

@@ -11,7 +11,6 @@ from rl.losses import (
     Denominators,
     Objective,
     Tokens,
-    aipo,
     group_advantages,
     mean_best_of,
     overlong_penalty,
@@ -112,7 +111,7 @@ def gradient(ratios, advantages, objective=Objective(), answer=None, staleness=N
 
 def test_on_policy_every_choice_is_the_plain_policy_gradient():
     for region, ratio, proximal, mismatch in itertools.product(
-        ("none", "ppo", "cispo", "dppo"), ("token", "sequence"), ("recomputed", "rollout", "log_linear"),
+        ("none", "ppo", "cispo", "aipo", "dppo"), ("token", "sequence"), ("recomputed", "rollout", "log_linear"),
         ("none", "tis", "icepop", "sequence_mask"),
     ):  # fmt: skip
         objective = Objective(trust_region=region, ratio=ratio, proximal=proximal, mismatch=mismatch)
@@ -145,7 +144,7 @@ def test_cispo_bounds_the_weight_and_drops_nothing():
 
 
 def test_aipo_is_the_importance_weight_capped_from_above():
-    seen, _, _ = gradient([0.01, 1.5, 9.0], [1.0, 1.0, 1.0], aipo(3.0))
+    seen, _, _ = gradient([0.01, 1.5, 9.0], [1.0, 1.0, 1.0], Objective(trust_region="aipo", ratio_cap=3.0))
     assert seen == pytest.approx([-0.01 / 3, -1.5 / 3, -3.0 / 3])
 
 
