@@ -587,6 +587,8 @@ class _Ray:
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # an actor that asks for no GPU sees none
         }
         inherited = {
+            # Large tensors come and go with every step, and each time their pages are handed out anew.
+            "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
             watchdog.TAG_VARIABLE: self.tag,
             "SPT_NOENV": "1",  # a changed process title must not overwrite the tag
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

@@ -339,7 +339,7 @@ class OnlineRlStage(Stage):
     @classmethod
     def _known_metrics(cls, health: dict[str, HealthLimit]) -> dict[str, HealthLimit]:
         for name in health.keys() - DEFAULT_LIMITS.keys():
-            raise ValueError(f"{name!r} has no limit; known are {', '.join(DEFAULT_LIMITS)}")
+            raise ValueError(f"{name}: no limit can be set on it; known are {', '.join(DEFAULT_LIMITS)}")
         return health
 
     def health_limits(self) -> dict[str, Limit]:

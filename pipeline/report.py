@@ -280,7 +280,8 @@ CURVES: list[tuple[str, str, Row]] = [
     ("clip_share", "clipped tokens", {"percent": True}),
     ("is_weight_mean", "mean importance weight", {}),
     ("tokens_per_s", "generated tokens a second", {"smooth": SMOOTH_STEPS}),
-    ("generate_wait_s", "learner's wait for answers (s)", {}),
+    ("learner_wait_share", "learner waits for answers", {"percent": True, "smooth": SMOOTH_STEPS}),
+    ("generator_wait_share", "engines wait for leases", {"percent": True, "smooth": SMOOTH_STEPS}),
     ("learner_step_s", "learner's step (s)", {}),
     ("sync_ms", "weight sync (ms)", {}),
 ]

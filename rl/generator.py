@@ -32,6 +32,7 @@ from rl.weight_sync import WeightsRefused
 EXTENSION = "rl.worker_extension.WorkerExtension"
 KV_BLOCK_TOKENS = (128, 64, 32, 16)  # blocks vLLM's CPU attention works in, fastest first
 PREFILL_TOKENS = 8192  # prompt tokens computed in one step, at most
+PROBE_PRIORITY = -1  # before whatever waits: groups are leased again only when it is answered
 ENGINE_MODULES = ["vllm.v1.engine.core", "vllm.v1.worker.cpu_worker", "vllm.model_executor.models.llama4",
                   "rl.worker_extension"]  # fmt: skip
 
@@ -156,6 +157,7 @@ class VllmGenerator:
                 kv_cache_memory_bytes=int(settings.kv_cache_gib * 2**30),
                 # A prompt is computed in one piece: on a CPU a seeded request whose prefill is cut kills the engine.
                 enable_chunked_prefill=False,
+                scheduling_policy="priority",  # in the order of arrival, but for a probe
                 max_num_batched_tokens=max(settings.max_model_len, settings.max_num_seqs, PREFILL_TOKENS),
                 # Off for policies: a cache hit changes the order of the arithmetic, and with it the last bits, with
                 # the history of the engine. On, entries are salted with the version and never outlive their weights.
@@ -201,8 +203,11 @@ class VllmGenerator:
             for completion, routes in zip(completions, await self._routes(internal_id, completions))
         ]
 
-    async def score_labels(self, prompts: list[list[int]], label_ids: list[int]) -> list[list[float]]:
-        """log p(label | prompt) over the whole vocabulary, at temperature 1: a row per prompt, a column per label."""
+    async def score_labels(
+        self, prompts: list[list[int]], label_ids: list[int], priority: int = 0
+    ) -> list[list[float]]:
+        """log p(label | prompt) over the whole vocabulary, at temperature 1: a row per prompt, a column per label. A
+        lower priority goes first."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -220,12 +225,19 @@ class VllmGenerator:
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
-        outputs = await asyncio.gather(*(self._generate(prompt, params, "score") for prompt in prompts))
+        outputs = await asyncio.gather(
+            *(self._generate(prompt, params, "score", priority=priority) for prompt in prompts)
+        )
         first_tokens = (output.outputs[0].logprobs[0] for output, _ in outputs)
         return [[entries[label].logprob for label in label_ids] for entries in first_tokens]
 
     async def _generate(
-        self, prompt_ids: list[int], params: Any, request_id: str, together: tuple[str, int] | None = None
+        self,
+        prompt_ids: list[int],
+        params: Any,
+        request_id: str,
+        together: tuple[str, int] | None = None,
+        priority: int = 0,
     ) -> tuple[Any, str]:
         """Run one request to its end: its output, and vLLM's own name for it. Cancelling the caller takes it out of
         the engine."""
@@ -240,7 +252,7 @@ class VllmGenerator:
         answers = None
         try:
             if together is None:
-                answers = await self._engine.add_request(unique_id, prompt, params)
+                answers = await self._engine.add_request(unique_id, prompt, params, priority=priority)
             else:
                 answers = await self._added_together(unique_id, prompt, params, *together)
             while not (output := answers.get_nowait() or await answers.get()).finished:
@@ -329,7 +341,7 @@ class VllmGenerator:
             distance = 0.0
             if expected is not None:
                 probe = expected.probe
-                (seen,) = await self.score_labels([probe.prompt_ids], probe.label_ids)
+                (seen,) = await self.score_labels([probe.prompt_ids], probe.label_ids, PROBE_PRIORITY)
                 distance = probe.distance(seen)
             return SyncReport(
                 version=version, num_tensors=receipt["num_tensors"], digest=receipt["digest"], pause_ms=pause_ms,

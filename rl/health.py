@@ -41,17 +41,24 @@ class Limit:
 # below 0.3 is worth a warning.
 DEFAULT_LIMITS: dict[str, Limit] = {
     "mismatch_k3": Limit(warn=5e-3, stop=0.1, resync=True),
+    "mismatch_max": Limit(warn=3.0, stop=15.0, resync=True),
     "mean_exp_abs_diff": Limit(warn=1.05, stop=1.5, resync=True),
     "staleness_k3": Limit(warn=0.1, stop=10.0),
     "ess": Limit(warn=0.3, stop=0.02, below=True),
     "mask_share": Limit(warn=0.3, stop=0.9),
     "clip_share": Limit(warn=0.3, stop=0.9),
+    "dropped_share_positive": Limit(warn=0.5, stop=0.95),
+    "dropped_share_negative": Limit(warn=0.5, stop=0.95),
+    "answer_tokens_mean": Limit(),  # what is too long or too short is the recipe's to say
     "truncated_share": Limit(warn=0.5, stop=0.98),
     "repetition_share": Limit(warn=0.3, stop=0.9),
     "entropy": Limit(warn=0.01, stop=1e-4, below=True),
     "signal_share": Limit(warn=0.1, below=True),
     "router/agreement": Limit(warn=0.9, stop=0.5, below=True, resync=True),
-    "loop_lag_s": Limit(warn=1.0),
+    "router/max_vio": Limit(),  # how uneven a load is too uneven depends on the number of experts
+    "loop_lag_s": Limit(warn=1.0, stop=30.0),
+    "learner_wait_share": Limit(),  # high by design without staleness
+    "generator_wait_share": Limit(),
 }
 
 

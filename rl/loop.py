@@ -112,6 +112,31 @@ class Timings:
     last_step_end: float = field(default_factory=time.perf_counter)
 
 
+class IdleClock:
+    """Seconds in which a generator had nothing to sample."""
+
+    def __init__(self) -> None:
+        self._num_leases, self._seconds, self._idle_since = 0, 0.0, time.perf_counter()
+
+    def __enter__(self) -> None:
+        if not self._num_leases:
+            self._seconds += time.perf_counter() - self._idle_since
+        self._num_leases += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._num_leases -= 1
+        self._idle_since = time.perf_counter()
+
+    def taken(self) -> float:
+        """What was not taken yet."""
+        now = time.perf_counter()
+        if not self._num_leases:
+            self._seconds += now - self._idle_since
+            self._idle_since = now
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+
 LAG_PROBE_S = 0.2
 Work = Callable[[], Awaitable[protocol.Event]]
 
@@ -155,6 +180,7 @@ class AsyncLoop:
         self.groups: dict[int, RolloutGroup] = {}  # slot → accepted, not trained on yet
         self.published: dict[int, Published] = {}  # version → what the learner wrote, while its file is there
         self.timings = Timings()
+        self.idle = [IdleClock() for _ in generators]
         self.generated_tokens = self.trained_tokens = 0
         self.controller = self._controller(protocol.State())
         self._deaths_told: set[tuple[int, int]] = set()
@@ -290,7 +316,8 @@ class AsyncLoop:
             seed=self._seed(slot, leased_at),
             together=self.together.pop((slot, lease.attempt), None),
         )
-        answers = await self.generators[lease.generator].sample(request)
+        with self.idle[lease.generator]:
+            answers = await self.generators[lease.generator].sample(request)
         if not self.generated_tokens:
             self.on_event("first_rollout")
         tokens = sum(len(answer.token_ids) for answer in answers)
@@ -421,7 +448,9 @@ class AsyncLoop:
             "late_answers": sum(self.controller.late.values()),
             "generated_tokens": self.generated_tokens,
             "trained_tokens": self.trained_tokens,
-            "generate_wait_s": waited,
+            "step_s": seconds,
+            "learner_wait_share": waited / seconds,
+            "generator_wait_share": sum(clock.taken() for clock in self.idle) / (seconds * len(self.idle)),
             "sync_ms": self.timings.sync_ms,
             "tokens_per_s": self.timings.generated_tokens / seconds,
             "levels": {domain: sum(values) / len(values) for domain, values in levels.items()},

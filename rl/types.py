@@ -102,7 +102,7 @@ class SyncReport:
 
     version: int
     num_tensors: int
-    digest: str  # sha256 over every tensor's name, shape, dtype and bytes, as the engine received them
+    digest: str  # over every tensor's name, shape, dtype and bytes, as the engine received them
     pause_ms: float
     load_ms: float
     probe_distance: float = 0.0  # from the learner, `Probe.distance`; 0 without a probe

@@ -8,13 +8,13 @@ hold, so a sync is proved rather than believed. Needs torch and safetensors, not
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -28,14 +28,15 @@ class WeightsRefused(ValueError):
 
 
 def weights_digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 over every tensor's name, dtype, shape and bytes, in the order of the names.
+    """BLAKE3 over every tensor's name, dtype, shape and bytes, in the order of the names: as hard to forge as sha256, and
+    nearly as fast as the memory is read.
 
     Takes a stream as well as a list, but a stream must already be sorted by name: `ValueError` otherwise. Tensors may
     lie on any device; two models have the same digest exactly when they are the same bit for bit.
     """
     if not isinstance(named_tensors, Iterator):
         named_tensors = sorted(named_tensors, key=lambda item: item[0])
-    digest, previous = hashlib.sha256(), ""
+    digest, previous = blake3(), ""
     for name, tensor in named_tensors:
         if name <= previous:
             raise ValueError(f"weights_digest: {name!r} comes after {previous!r}; a stream must be sorted by name")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import save_file
 
 from rl.weight_sync import (
@@ -33,7 +33,7 @@ def some_weights() -> dict[str, torch.Tensor]:
 
 def test_digest_is_the_documented_bytes() -> None:
     tensor = torch.tensor([[1.0, 2.0]])
-    expected = hashlib.sha256(b"w\0torch.float32\0(1, 2)\0" + bytes.fromhex("0000803f00000040")).hexdigest()
+    expected = blake3(b"w\0torch.float32\0(1, 2)\0" + bytes.fromhex("0000803f00000040")).hexdigest()
     assert weights_digest([("w", tensor)]) == expected
 
 
