@@ -60,6 +60,7 @@ class Engine:
     alive: bool = True
     weights: int = UNKNOWN
     label: int = UNKNOWN  # what it believes to hold
+    proved: int = UNKNOWN  # newest weights whose digest the controller was told
     syncing: int | None = None  # the version it is reading
     refused: int = 0  # syncs, in a row
     silent: bool = False  # wedged: takes work, never answers
@@ -69,6 +70,8 @@ class Engine:
 class Group:
     slot: int
     tokens: list[int]  # the weights that really produced them, oldest first
+    engine: Engine
+    newest: int  # what the engine believes to have held at the end
     lied: bool = False  # the engine claims versions that cannot be
 
 
@@ -154,6 +157,10 @@ class World:
 
     def _deliver(self, event: protocol.Event) -> None:
         self.log.append(f"{self.now:8.1f} ─▶ {event}")
+        if isinstance(event, protocol.SyncDone) and event.digest == self._digest(event.sync.version):
+            engine = self.engines[event.sync.generator]
+            if engine.incarnation == event.sync.incarnation:
+                engine.proved = max(engine.proved, event.sync.version)
         try:
             commands = self.controller.handle(event)
             for command in commands:
@@ -191,8 +198,8 @@ class World:
                 self._check((slot, attempt) in self.answers, f"slot {slot} was accepted without an answer")
                 self.groups[slot] = self.answers.pop((slot, attempt))
                 self._check(not self.groups[slot].lied, f"slot {slot} was accepted with versions that cannot be")
-                garbage = CORRUPT in self.groups[slot].tokens
-                self._check(not garbage, f"slot {slot} was accepted with tokens of half-applied weights")
+                proved = self.groups[slot].newest <= self.groups[slot].engine.proved
+                self._check(proved, f"slot {slot} was accepted with tokens of weights that nobody had read back")
             case protocol.Train():
                 self._train(command)
             case protocol.Save():
@@ -238,8 +245,8 @@ class World:
             self._post(protocol.GroupLost(lease.slot, lease.attempt, "ungraded"))
             return
         self.leased.pop(lease.slot, None)
-        self.answers[lease.slot, lease.attempt] = Group(lease.slot, tokens)
         newest = engine.label
+        self.answers[lease.slot, lease.attempt] = Group(lease.slot, tokens, engine, newest)
         if self._strikes("wrong_version"):
             oldest, newest = self.rng.choice([(oldest - 100, newest), (oldest, newest + 100)])
             self.answers[lease.slot, lease.attempt].lied = True

@@ -159,6 +159,17 @@ class TakesTheAnswerToAnotherSync(Controller):
         return super()._on_sync(answered)
 
 
+class AcceptsBeforeTheProof(Controller):
+    def _on_ready(self, event: protocol.GroupReady) -> list[protocol.Command]:
+        holder = self._holder(event.slot, event.attempt)
+        if holder is None or holder.syncing is None:
+            return super()._on_ready(event)
+        proved, holder.version = holder.version, holder.syncing.version
+        commands = super()._on_ready(event)
+        holder.version = proved
+        return commands
+
+
 BUGS = Controller.__subclasses__()
 
 
