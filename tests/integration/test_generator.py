@@ -188,6 +188,30 @@ def test_requests_in_flight_go_on_and_carry_both_versions(engine: Engine, checkp
     assert any(set(answer.versions) == {7, 8} for answer in answers)
 
 
+def test_the_probe_goes_before_whatever_waits(engine: Engine, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    generator, full = engine.generator, engine.generator.settings.max_num_seqs
+    path = tmp_path / "weights.safetensors"
+    digest = publish_weights(load_file(checkpoints["llama4-b"] / "model.safetensors").items(), path)
+    expected = Published(digest=digest, probe=Probe(prompt_ids=[1], label_ids=[2], logprobs=[-1.0], tolerance=1.0))
+
+    async def finished_when_the_probe_is_answered() -> int:
+        lengths = [*range(40, 40 + full), *[200] * full]  # as many again as the engine can take wait
+        flying = [asyncio.ensure_future(generator.sample(request([1, 5], max_tokens=length))) for length in lengths]
+        await asyncio.sleep(0)  # all are asked
+        assert (await generator.health())["in_flight"] == 2 * full
+        await generator.take_weights(str(path), 9, expected)
+        finished = sum(one.done() for one in flying)
+        for one in flying:
+            one.cancel()
+        await asyncio.gather(*flying, return_exceptions=True)
+        return finished
+
+    # Last in the queue it would be answered when all of the first, and some of the others, are done.
+    assert engine.run(finished_when_the_probe_is_answered()) < full // 2
+
+
 def test_update_that_is_not_exactly_this_model_is_refused_and_changes_nothing(
     engine: Engine, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
