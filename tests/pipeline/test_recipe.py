@@ -405,6 +405,12 @@ def test_value_of_a_wrong_type_is_refused_with_its_path(place: tuple[Any, ...], 
     assert ".".join(names) in text or ".".join(by_place) in text, text
 
 
+def test_an_endless_reference_is_refused_in_a_line_that_can_be_read() -> None:
+    data = five_stages()
+    data["stages"][1]["init"] = "x" * 10_000
+    assert "xxx...xxx" in refusal(data) and len(refusal(data)) < 1000
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=200) | st.text("{}[]:,-&*!?|>'\"% \n#abc01.~<", max_size=60).map(str.encode))
 def test_any_bytes_are_a_recipe_or_refused(tmp_path: Path, raw: bytes) -> None:
