@@ -117,7 +117,7 @@ def _references(recipe: Recipe) -> Iterator[str]:
         if isinstance(stage, EvaluateStage):
             for policy, count in Counter(stage.policies).items():
                 if count > 1:
-                    yield f"stages.{stage.name}.policies: {shown(policy)} is listed {count} times; list each policy once."
+                    yield f"stages.{stage.name}.policies: {shown(policy)} is listed {count} times; list it once."
 
 
 def _external(where: str, value: str, stages: list[str]) -> Iterator[str]:
@@ -142,7 +142,7 @@ def _external(where: str, value: str, stages: list[str]) -> Iterator[str]:
 
 def _local_checkpoint(where: str, value: str) -> Iterator[str]:
     if not os.path.isfile(os.path.join(value, "config.json")):
-        yield f"{where}: the directory {shown(value)} holds no config.json; a complete Hugging Face checkpoint is needed."
+        yield f"{where}: the directory {shown(value)} holds no config.json; a whole Hugging Face checkpoint is needed."
         return
     try:
         read_config(value)

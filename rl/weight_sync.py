@@ -28,8 +28,8 @@ class WeightsRefused(ValueError):
 
 
 def weights_digest(named_tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """BLAKE3 over every tensor's name, dtype, shape and bytes, in the order of the names: as hard to forge as sha256, and
-    nearly as fast as the memory is read.
+    """BLAKE3 over every tensor's name, dtype, shape and bytes, in the order of the names: as hard to forge as sha256,
+    and nearly as fast as the memory is read.
 
     Takes a stream as well as a list, but a stream must already be sorted by name: `ValueError` otherwise. Tensors may
     lie on any device; two models have the same digest exactly when they are the same bit for bit.
