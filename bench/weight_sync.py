@@ -10,6 +10,8 @@ A real engine takes the weights of a learner of the same shape, idle, one thread
   load      the engine: into the model, and packed for its kernels
   pause     what requests in flight wait: verify, load, and the round trips of the interface
   probe     the question whose answer proves what the engine makes of the weights
+  of a step publish, pause and probe against the learner's step over 256 answers of 96 tokens (the demo's), from its
+            speed on a few rows of that length
 """
 
 from __future__ import annotations
@@ -34,6 +36,8 @@ from transformers import Llama4TextConfig  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from pinned_run import circumstances  # noqa: E402
+
 from model.checkpoint import load_policy, resolve, save_policy, stored_weights  # noqa: E402
 from model.config import TinyShape, tiny  # noqa: E402
 from model.tokenizer import load_tokenizer  # noqa: E402
@@ -45,6 +49,7 @@ from rl.weight_sync import WeightFiles, publish_weights, weights_digest  # noqa:
 MIDDLE = TinyShape(
     hidden_size=384, num_layers=8, num_heads=6, num_kv_heads=2, head_dim=64, expert_size=512, dense_size=1024
 )
+ROW_TOKENS, STEP_ROWS, PROBED_ROWS = 96, 256, 8
 SOURCES: dict[str, Path | TinyShape | str] = {
     "3 M": ROOT / "recipes" / "tiny_base",
     "30 M": MIDDLE,
@@ -74,9 +79,22 @@ def copied(tensors: list[torch.Tensor]) -> float:
     return milliseconds(lambda: [place.copy_(tensor) for place, tensor in zip(there, tensors)])
 
 
+def step_seconds(model: torch.nn.Module) -> float:
+    """Forward and backward of a step's tokens."""
+    ids_BS = torch.randint(10, model.config.vocab_size, (PROBED_ROWS, ROW_TOKENS))
+    seconds = []
+    for _ in range(3):  # the first one warms up
+        begin = time.perf_counter()
+        model(input_ids=ids_BS, labels=ids_BS).loss.backward()
+        model.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds[1:]) / PROBED_ROWS * STEP_ROWS
+
+
 async def measure(name: str, runs: int, folder: Path) -> list[str]:
     source = checkpoint(name, folder / "source")
     model = load_policy(source)
+    step_s = step_seconds(model)
     named = dict(stored_weights(model, torch.float32))
     probe = Probe(prompt_ids=list(range(1, 161)), label_ids=list(range(16)), logprobs=[-1.0] * 16, tolerance=9.0)
     settings = EngineSettings(checkpoint=str(source), max_model_len=256, max_num_seqs=4, kv_cache_gib=0.25)
@@ -108,18 +126,20 @@ async def measure(name: str, runs: int, folder: Path) -> list[str]:
     middle = {key: statistics.median(values) for key, values in columns.items()}
     megabytes = sum(tensor.nbytes for tensor in named.values()) / 1e6
     total = middle["publish"] + middle["pause"] + middle["probe"]
-    return [name, f"{megabytes:.0f}", *(f"{value:.0f}" for value in middle.values()), f"{total / middle['copy']:.1f}"]
+    parts = (f"{value:.0f}" for value in middle.values())
+    return [name, f"{megabytes:.0f}", *parts, f"{total / middle['copy']:.1f}", f"{total / step_s / 1e3:.1%}"]
 
 
 def main(runs: Annotated[int, typer.Option(help="Exchanges to take the median of.")] = 5) -> None:
     """Measure and print one table."""
     torch.set_num_threads(1)
     table = Table("parameters", "MB", "copy", "publish", "verify", "load", "pause", "probe", "all / copy",
-                  title=f"ms per exchange, fp32, one core each, torch {torch.__version__}")  # fmt: skip
+                  "of a step", title="ms per exchange, fp32, one core each")  # fmt: skip
     for name in SOURCES:
         with tempfile.TemporaryDirectory() as folder:
             table.add_row(*asyncio.run(measure(name, runs, Path(folder))))
-    Console(width=110).print(table)
+    Console(width=120).print(table)
+    print(circumstances())
 
 
 if __name__ == "__main__":
