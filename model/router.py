@@ -149,9 +149,11 @@ def routes_of(
     position_BS: torch.Tensor | None = None,
 ) -> tuple[Route, ...]:
     """Where a forward pass sends its real tokens, without gradient and without the head."""
-    return model.get_submodule(model.base_model_prefix)(
-        input_ids=ids_BS, attention_mask=real_BS, position_ids=position_BS, replay=replay_BSM, use_cache=False
-    ).routes
+    from model.parallel import within_forward  # which imports us
+
+    body = model.get_submodule(model.base_model_prefix)
+    inputs = dict(input_ids=ids_BS, attention_mask=real_BS, position_ids=position_BS, replay=replay_BSM)
+    return within_forward(model, body, **inputs, use_cache=False).routes
 
 
 def router_parameters(model: nn.Module) -> list[nn.Parameter]:

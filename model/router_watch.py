@@ -46,13 +46,12 @@ class RouterWatch:
         z_coef: float,
         autocast: Callable[[], AbstractContextManager[Any]],
         gather: Callable[[Any], Sequence[Any]] = lambda own: [own],
-        watch_drift: bool = True,
     ) -> None:
         """`autocast()` is what training runs its forward passes under. `gather` turns one trainer's value into every
-        trainer's; one of them needs to watch the drift."""
+        trainer's."""
         self.model, self.autocast, self.gather = model, autocast, gather
         self.layers = list(model.config.moe_layers) if isinstance(model, MoeForCausalLM) else []
-        self.balance_coef, self.z_coef, self.watch_drift = balance_coef, z_coef, watch_drift
+        self.balance_coef, self.z_coef = balance_coef, z_coef
         self.probe: DriftProbe | None = None
         self.router_loss: RouterLoss | None = None
         self.load = RouterLoad()
@@ -64,12 +63,15 @@ class RouterWatch:
     def restore(self, state: dict[str, Any] | None) -> None:
         self.probe = DriftProbe(**state) if state else None
 
-    def begin_step(self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch] | None = None) -> None:
-        """`batches` make up the step, over all trainers; `own` of them are this trainer's. The balance loss has to know
-        where the whole batch goes before the first gradient: from a replay, or by a forward pass that only counts."""
+    def begin_step(
+        self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch] | None = None, num_passes: int = 0
+    ) -> None:
+        """`batches` make up the step, over all trainers; `own` of them are this trainer's, and every trainer makes
+        `num_passes`. The balance loss has to know where the whole batch goes before the first gradient: from a replay,
+        or by forward passes that only count."""
         if not self.layers:
             return
-        if self.probe is None and self.watch_drift:
+        if self.probe is None:
             documents = [document for batch in batches for document in batch.documents()]
             with self.autocast():
                 self.probe = DriftProbe.taken(self.model, documents)
@@ -79,7 +81,9 @@ class RouterWatch:
                 balance_coef=self.balance_coef,
                 z_coef=self.z_coef,
                 num_tokens=float(sum(int(batch.real_BS.sum()) for batch in batches)),
-                shares=self._shares(batches, batches if own is None else own) if self.balance_coef else None,
+                shares=self._shares(batches, batches if own is None else own, num_passes)
+                if self.balance_coef
+                else None,
             )
 
     def loss(self, routes: Sequence[Route]) -> torch.Tensor | float:
@@ -104,7 +108,7 @@ class RouterWatch:
         missing = {"router_replay_missing": load.num_missing()} if load.replayed() else {}
         return named(by_layer, self.layers) | {f"router/{name}_loss": value for name, value in losses.items()} | missing
 
-    def _shares(self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch]) -> torch.Tensor:
+    def _shares(self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch], num_passes: int) -> torch.Tensor:
         """Each expert's share of its layer's tokens in the whole batch, [layers, E]."""
         replays = [batch.replay_BSM[batch.real_BS.bool()] for batch in batches if batch.replay_BSM is not None]
         recorded = recorded_shares(replays, self.model.config.num_local_experts) if replays else None
@@ -114,6 +118,9 @@ class RouterWatch:
         for batch in own:
             with self.autocast():
                 load.add(routes_of(self.model, *batch))
+        for _ in range(num_passes - len(own)):  # the others wait for us
+            with self.autocast():
+                routes_of(self.model, *batches[0])
         for part in self.gather(load):
             whole.join(part)
         return whole.shares()

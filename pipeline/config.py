@@ -440,7 +440,7 @@ class RunSettings(Section):
 
 class ClusterSettings(Section):
     generators: PositiveInt = 1
-    learners: PositiveInt = Field(1, description="learners that share every batch; their gradients are summed")
+    learners: PositiveInt = Field(1, description="learners that divide the model and every batch among them (FSDP2)")
     address: str | None = Field(None, description="null: a private Ray on this machine; auto: the cluster of this job")
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0

@@ -103,7 +103,7 @@ def run(context: StageContext) -> dict[str, Any]:
             finally:
                 log.close()
             log.finish()
-        learners[0].call("save", str(context.work / "checkpoint"), timeout_s=stage.deadline_s)
+        asyncio.run(RemoteLearner(learners, stage.deadline_s).save(str(context.work / "checkpoint")))
         states.remove()
     except HealthStop as error:
         raise GateStopped(str(error)) from error
@@ -173,31 +173,29 @@ class RemoteGenerator:
 
 
 class RemoteLearner:
-    """The learner actors behind the loop's protocol: all step, the first one publishes and reports."""
+    """The learner actors behind the loop's protocol: all do the same, the first one writes and reports."""
 
     def __init__(self, actors: Sequence[Actor], deadline_s: float) -> None:
         self.actors, self.deadline_s = actors, deadline_s
 
     async def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport:
-        reports = await asyncio.gather(
-            *(
-                actor.call_async("step", batch, publish_to if rank == 0 else None, timeout_s=self.deadline_s)
-                for rank, actor in enumerate(self.actors)
-            )
-        )
-        return reports[0]
+        return await self._all("step", batch, publish_to)
 
     async def publish(self, path: str) -> Published:
-        return await self.actors[0].call_async("publish", path, timeout_s=self.deadline_s)
+        return await self._all("publish", path)
 
     async def save_state(self, path: str) -> None:
-        """All learners hold the same; one writes."""
-        await self.actors[0].call_async("save_state", path, timeout_s=self.deadline_s)
+        await self._all("save_state", path)
 
     async def load_state(self, path: str) -> None:
-        await asyncio.gather(
-            *(actor.call_async("load_state", path, timeout_s=self.deadline_s) for actor in self.actors)
-        )
+        await self._all("load_state", path)
+
+    async def save(self, directory: str) -> None:
+        await self._all("save", directory)
+
+    async def _all(self, method: str, *args: Any) -> Any:
+        calls = (actor.call_async(method, *args, timeout_s=self.deadline_s) for actor in self.actors)
+        return (await asyncio.gather(*calls))[0]
 
 
 class StepLog:

@@ -7,8 +7,10 @@ counts as a version.
 Weights, gradients and optimiser are fp32, whatever `dtype` says: at RL's learning rates most bf16 weights would round
 back to themselves. With bfloat16 the forward pass runs under autocast, and what is published and saved is a cast copy.
 
-Several learners share a batch: each takes every world_size-th micro-batch, gradients are summed (gloo), and all make
-the same step. What ends the wait for a neighbour: its gradient, or `NEIGHBOUR_DEADLINE_S`.
+Several learners divide model, gradients and optimiser among them (FSDP2, `model/parallel.py`) and share a batch: each
+takes every world_size-th micro-batch, gradients are summed, and all make the same step. Whatever needs the whole model
+(a pass, the weights to publish) is then done by all of them, in the same order; the first one writes. What ends the
+wait for a neighbour: its share, or `NEIGHBOUR_DEADLINE_S`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
     from model.fp8_training import Fp8Training
     from model.logprobs import TokenStatistics
+    from model.router import Route
     from rl.batcher import MicroBatch
 
 T = TypeVar("T")
@@ -79,38 +82,41 @@ class PolicyLearner:
         import torch
 
         from model.checkpoint import load_policy
+        from model.parallel import ParallelPlan, parallelise
+        from model.router import freeze_routers
         from model.router_watch import RouterWatch
         from model.tokenizer import load_tokenizer
 
         imported = time.perf_counter()
-        torch.manual_seed(self.settings.seed)
-        self.model = load_policy(self.settings.checkpoint, "float32")
-        self.model.train()
-        self.tokenizer = load_tokenizer(self.settings.checkpoint)
-        self.optimizer = self._optimizer()
-        self.fp8 = self._fp8()
-        self.routers = RouterWatch(
-            self.model, balance_coef=self.settings.balance_coef, z_coef=self.settings.z_coef,
-            autocast=self._autocast, gather=self._gathered, watch_drift=self.settings.rank == 0,
-        )  # fmt: skip
         if self.settings.world_size > 1:
             torch.distributed.init_process_group(
                 "gloo", init_method=f"file://{self.settings.rendezvous}", rank=self.settings.rank,
                 world_size=self.settings.world_size, timeout=timedelta(seconds=NEIGHBOUR_DEADLINE_S),
             )  # fmt: skip
+        torch.manual_seed(self.settings.seed)
+        self.model = load_policy(self.settings.checkpoint, "float32")
+        self.model.train()
+        if self.settings.router_policy == "frozen":
+            freeze_routers(self.model)
+        parallelise(self.model, ParallelPlan(data=self.settings.world_size))
+        self.tokenizer = load_tokenizer(self.settings.checkpoint)
+        self.optimizer = self._optimizer()
+        self.fp8 = self._fp8()
+        self.routers = RouterWatch(
+            self.model, balance_coef=self.settings.balance_coef, z_coef=self.settings.z_coef,
+            autocast=self._autocast, gather=self._gathered,
+        )  # fmt: skip
         return {"import_s": imported - begin, "load_s": time.perf_counter() - imported}
 
     def _optimizer(self) -> torch.optim.AdamW:
         import torch
 
-        from model.router import freeze_routers, slow_routers
+        from model.router import slow_routers
 
         settings = self.settings
-        if settings.router_policy == "frozen":
-            freeze_routers(self.model)
-        self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95), fused=True
+            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95), fused=True
         )
         if settings.router_policy == "low_lr":
             slow_routers(optimizer, self.model, settings.router_learning_rate_scale)
@@ -156,9 +162,25 @@ class PolicyLearner:
         from model.checkpoint import stored_weights
         from rl.weight_sync import publish_weights
 
-        served = self.fp8.as_served(self.model.named_parameters()) if self.fp8 else None
-        digest = publish_weights(stored_weights(self.model, self._published_dtype(), served), path)
+        weights = self._whole_weights()
+        if self.fp8:
+            weights = self.fp8.as_served(weights or self.model.named_parameters())
+        digest = ""
+        if self.settings.rank == 0:
+            digest = publish_weights(stored_weights(self.model, self._published_dtype(), weights), path)
+        else:
+            self._take_part_in_gathering()
         return Published(digest=digest, probe=self._probe())
+
+    def _whole_weights(self) -> Iterator[tuple[str, torch.Tensor]] | None:
+        """The parameters, put together from all learners' shares; None where one holds them all."""
+        from model.parallel import full_tensors
+
+        return full_tensors(self.model) if self.settings.world_size > 1 else None
+
+    def _take_part_in_gathering(self) -> None:
+        for _ in self._whole_weights() or ():
+            pass
 
     def _probe(self) -> Probe:
         """Many different tokens, so that every expert has some: nonsense, which a network must answer all the same."""
@@ -177,24 +199,33 @@ class PolicyLearner:
         )  # fmt: skip
 
     def save_state(self, path: str) -> None:
-        """All that the next step depends on, and what its gauges are measured from."""
+        """All that the next step depends on, and what its gauges are measured from; whole, for any number of
+        learners."""
         import torch
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=self.settings.world_size > 1)
+        model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
+        if self.settings.rank:
+            return
         fallen_back = self.fp8.watch.fallen_back if self.fp8 else {}
         state = {
-            "version": self.version, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "fp8_fallen_back": fallen_back, "routers": self.routers.state(), "random": torch.get_rng_state(),
+            "version": self.version, "model": model, "optimizer": optimizer, "fp8_fallen_back": fallen_back,
+            "routers": self.routers.state(), "random": torch.get_rng_state(),
         }  # fmt: skip
         torch.save(state, path)
 
     def load_state(self, path: str) -> None:
         """What `save_state` wrote; after `start`."""
         import torch
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         state = torch.load(path, map_location=self.model.device, weights_only=True)
         self.version = state["version"]
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(
+            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            options=StateDictOptions(full_state_dict=True),
+        )  # fmt: skip
         if self.fp8:
             self.fp8.give_back(state["fp8_fallen_back"])
         self.routers.restore(state["routers"])
@@ -204,7 +235,10 @@ class PolicyLearner:
         """Write a complete checkpoint."""
         from model.checkpoint import save_policy
 
-        save_policy(self.model, self.tokenizer, directory, self.settings.dtype)
+        if self.settings.rank == 0:
+            save_policy(self.model, self.tokenizer, directory, self.settings.dtype, weights=self._whole_weights())
+        else:
+            self._take_part_in_gathering()
 
     def _published_dtype(self) -> torch.dtype:
         import torch
@@ -212,8 +246,7 @@ class PolicyLearner:
         return getattr(torch, self.settings.dtype)
 
     def _update(self, batch: TrainBatch) -> tuple[dict[str, float], int]:
-        import torch
-
+        from model.parallel import clip_grad_norm
         from model.router_watch import RoutedBatch
         from rl.batcher import micro_batches
 
@@ -224,15 +257,18 @@ class PolicyLearner:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
         routed = [RoutedBatch(cut.ids_BS, cut.real_BS, cut.replay_BSM, cut.position_BS) for cut in cuts]
         own = slice(settings.rank, None, settings.world_size)
-        self.routers.begin_step(routed, routed[own])
+        num_passes = -(-len(cuts) // settings.world_size)
+        self.routers.begin_step(routed, routed[own], num_passes)
         gauges = Gauges()
         for cut in cuts[own]:
             gauges.add(cut, *self._backward(cut, denominators))
-        gauges = self._summed_over_learners(gauges)
+        for _ in range(num_passes - len(cuts[own])):
+            self._backward_of_nothing(cuts[0])
+        gauges = Gauges.joined(self._gathered(gauges))
         warmup = min(1.0, (self.version + 1) / max(1, settings.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * warmup
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, settings.max_grad_norm)
+        norm = clip_grad_norm(self.model, settings.max_grad_norm)
         if math.isfinite(norm.item()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -256,18 +292,6 @@ class PolicyLearner:
         counts_tokens = self.settings.balance_coef or self.settings.z_coef
         return isinstance(self.model, MoeForCausalLM) and not counts_tokens
 
-    def _summed_over_learners(self, gauges: Gauges) -> Gauges:
-        """Make every learner's gradient the sum of all, and the gauges those of the whole batch."""
-        import torch
-
-        if self.settings.world_size == 1:
-            return gauges
-        for parameter in self.trained:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
-        return Gauges.joined(self._gathered(gauges))
-
     def _gathered(self, own: T) -> list[T]:
         """What each learner holds, in the order of their ranks."""
         import torch
@@ -280,19 +304,28 @@ class PolicyLearner:
 
     def _backward(self, cut: MicroBatch, denominators: Denominators) -> tuple[TokenStatistics, PolicyLoss]:
         """Adds one micro-batch's gradient."""
-        from model.logprobs import token_logprobs
-
-        with self._autocast():
-            stats, routes = token_logprobs(
-                self.model, cut.ids_BS, cut.answer_BS, self.settings.temperature, cut.real_BS, cut.replay_BSM,
-                cut.position_BS,
-            )  # fmt: skip
+        stats, routes = self._passed(cut)
         tokens = Tokens(
             stats.logprob_T, cut.generator_logprobs, cut.advantages, cut.staleness, cut.answer, stats.entropy_T
         )
         policy = policy_loss(tokens, denominators, self.settings.objective)
         (policy.loss + self.routers.loss(routes)).backward()
         return stats, policy
+
+    def _backward_of_nothing(self, cut: MicroBatch) -> None:
+        """A pass without a gradient of its own, for the sake of the learners that make theirs."""
+        stats, _ = self._passed(cut)
+        (0.0 * stats.logprob_T.sum()).backward()
+
+    def _passed(self, cut: MicroBatch) -> tuple[TokenStatistics, Sequence[Route]]:
+        from model.logprobs import token_logprobs
+        from model.parallel import within_forward
+
+        with self._autocast():
+            return within_forward(
+                self.model, token_logprobs, self.model, cut.ids_BS, cut.answer_BS, self.settings.temperature,
+                cut.real_BS, cut.replay_BSM, cut.position_BS,
+            )  # fmt: skip
 
     def _autocast(self) -> Any:
         import torch

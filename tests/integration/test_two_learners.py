@@ -6,16 +6,21 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from model.checkpoint import save_policy
+from model.checkpoint import load_policy, save_policy
 from model.fp8_gauges import TensorStats
+from model.parallel import full_tensors
 from model.precision import Fp8Settings
 from model.tiny import TinyShape, tiny_llama4
 from model.tokenizer import build_tokenizer
 from rl.learner import LearnerSettings, PolicyLearner
 from rl.losses import Objective
 from rl.types import TrainBatch
+from rl.weight_sync import WeightFiles, weights_digest
 
+STEPS = 3
 LENGTHS = [3, 5, 7, 9, 11, 13]
 BATCH = TrainBatch(
     version=0,
@@ -27,15 +32,38 @@ BATCH = TrainBatch(
 )
 
 
-def step(rank: int, settings: LearnerSettings, out: str) -> None:
+def steps(rank: int, settings: LearnerSettings, out: str, resume_from: str = "", num_steps: int = STEPS) -> None:
+    """One learner's steps; leaves behind what it saw, and the first one what all hold together."""
     learner = PolicyLearner(dataclasses.replace(settings, rank=rank))
     learner.start()
+    if resume_from:
+        learner.load_state(resume_from)
     if learner.fp8 and rank == 1:  # this one alone sees a tensor that FP8 stores badly
         bad = TensorStats(amax=1.0, saturation_share=0.0, underflow_share=0.9, snr_db=1.0)
         learner.fp8.gauges[1].read = lambda: {"down.input": bad}  # type: ignore[method-assign]
-    report = learner.step(BATCH)
-    metrics = report.metrics | {"notes": len(report.extras["notes"])}
-    torch.save((metrics, learner.model.state_dict()), f"{out}/{rank}-of-{settings.world_size}.pt")
+    metrics, published = [], None
+    for _ in range(num_steps):
+        batch = dataclasses.replace(
+            BATCH, version=learner.version, token_versions=[[learner.version] * length for length in LENGTHS]
+        )
+        report = learner.step(batch, f"{out}/published.safetensors")
+        metrics.append(report.metrics | {"notes": len(report.extras["notes"])})
+        published = report.published
+    own_bytes = sum(
+        (one.to_local() if isinstance(one, DTensor) else one).nbytes
+        for one in (*learner.model.parameters(), *learner.optimizer.state.values())
+        for one in (one.values() if isinstance(one, dict) else [one])
+    )
+    name = f"{rank}-of-{settings.world_size}"
+    weights = {name: tensor.clone() for name, tensor in full_tensors(learner.model)}
+    learner.save_state(f"{out}/{'resumed' if resume_from else 'state'}-{settings.world_size}.pt")
+    learner.save(f"{out}/checkpoint-{settings.world_size}")
+    torch.save({"metrics": metrics, "weights": weights, "bytes": own_bytes, "probe": vars_of(published)},
+               f"{out}/{name}.pt")  # fmt: skip
+
+
+def vars_of(published: Any) -> dict[str, Any]:
+    return {"digest": published.digest, "labels": published.probe.label_ids, "logprobs": published.probe.logprobs}
 
 
 def tiny_settings(directory: Path, **changes: Any) -> LearnerSettings:
@@ -53,28 +81,86 @@ def tiny_settings(directory: Path, **changes: Any) -> LearnerSettings:
     return dataclasses.replace(settings, **changes)
 
 
-def two_steps(settings: LearnerSettings, out: Path) -> list[tuple[dict[str, float], dict[str, torch.Tensor]]]:
-    """(metrics, weights) of each of two learners."""
-    torch.multiprocessing.spawn(step, (dataclasses.replace(settings, world_size=2), str(out)), nprocs=2)
+def of_one(settings: LearnerSettings, out: Path, **how: Any) -> dict[str, Any]:
+    steps(0, settings, str(out), **how)
+    return torch.load(out / "0-of-1.pt")
+
+
+def of_two(settings: LearnerSettings, out: Path, *how: Any) -> list[dict[str, Any]]:
+    (out / "meet").unlink(missing_ok=True)
+    torch.multiprocessing.spawn(steps, (dataclasses.replace(settings, world_size=2), str(out), *how), nprocs=2)
     return [torch.load(out / f"{rank}-of-2.pt") for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("losses", [{}, {"balance_coef": 3.0, "z_coef": 0.5}])
-def test_two_learners_make_the_step_that_one_makes(tmp_path, losses):
-    settings = tiny_settings(tmp_path, **losses)
-    step(0, settings, str(tmp_path))  # leaves 0-of-1.pt
-    metrics, state = torch.load(tmp_path / "0-of-1.pt")
-    for other_metrics, other_state in two_steps(settings, tmp_path):
-        assert other_metrics["loss"] == pytest.approx(metrics["loss"], abs=1e-5)
-        assert other_metrics["grad_norm"] == pytest.approx(metrics["grad_norm"], rel=1e-4)
-        for name in ["router/max_vio", *(["router/balance_loss", "router/z_loss"] if losses else [])]:
-            assert other_metrics[name] == pytest.approx(metrics[name], rel=1e-5), name
-        for name, tensor in state.items():
-            torch.testing.assert_close(other_state[name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+def assert_same(others: list[dict[str, Any]], one: dict[str, Any], gauges: list[str]) -> None:
+    for other in others:
+        for seen, expected in zip(other["metrics"], one["metrics"], strict=True):
+            assert seen["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+            assert seen["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+            for name in gauges:
+                assert seen[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-7), name
+        for name, tensor in one["weights"].items():
+            torch.testing.assert_close(other["weights"][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+        assert other["probe"]["labels"] == one["probe"]["labels"]
+        assert other["probe"]["logprobs"] == pytest.approx(one["probe"]["logprobs"], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gauges"),
+    [
+        ({}, ["router/max_vio", "router/drift"]),
+        ({"balance_coef": 3.0, "z_coef": 0.5}, ["router/balance_loss", "router/z_loss"]),
+        (
+            {"max_grad_norm": 0.05, "micro_batch_tokens": 1000},
+            ["router/drift"],
+        ),  # one micro-batch: one learner has none
+        ({"router_policy": "low_lr", "weight_decay": 0.1}, ["router/drift"]),
+        ({"router_policy": "frozen"}, ["router/max_vio"]),
+    ],
+    ids=["plain", "router losses", "one micro-batch", "slow routers", "frozen routers"],
+)
+def test_two_learners_make_the_steps_that_one_makes(tmp_path, changes, gauges):
+    settings = tiny_settings(tmp_path, **changes)
+    one = of_one(settings, tmp_path)
+    two = of_two(settings, tmp_path)
+    assert_same(two, one, gauges)
+    assert abs(two[0]["bytes"] - two[1]["bytes"]) < 0.05 * one["bytes"], "each holds its share"
+    assert sum(half["bytes"] for half in two) < 1.05 * one["bytes"], "and nothing is held twice"
+    whole = dict(load_policy(tmp_path / "checkpoint-2").named_parameters())
+    for name, tensor in two[0]["weights"].items():
+        assert torch.equal(whole[name], tensor), name
+    with WeightFiles(tmp_path / "published.safetensors") as files:
+        assert weights_digest(iter(files)) == two[0]["probe"]["digest"]
+
+
+def test_a_state_of_two_learners_is_gone_on_from_bit_for_bit_by_two_and_closely_by_one(tmp_path):
+    settings = tiny_settings(tmp_path)
+    uninterrupted = of_two(settings, tmp_path)[0]
+    of_two(settings, tmp_path, "", 1)  # leaves state-2.pt
+    state = str(tmp_path / "state-2.pt")
+    resumed = of_two(settings, tmp_path, state, STEPS - 1)[0]
+    for name, tensor in uninterrupted["weights"].items():
+        assert torch.equal(resumed["weights"][name], tensor), name
+    alone = of_one(settings, tmp_path, resume_from=state, num_steps=STEPS - 1)
+    for name, tensor in uninterrupted["weights"].items():
+        torch.testing.assert_close(alone["weights"][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_two_learners_of_a_dense_llama(tmp_path):
+    settings = tiny_settings(tmp_path)
+    config = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True,
+    )  # fmt: skip
+    save_policy(LlamaForCausalLM(config), build_tokenizer(["Compute 1+2.", "user"], 300), tmp_path / "llama")
+    settings = dataclasses.replace(settings, checkpoint=str(tmp_path / "llama"))
+    one = of_one(settings, tmp_path)
+    assert_same(of_two(settings, tmp_path), one, [])
 
 
 def test_a_layer_that_one_learner_sees_stored_badly_leaves_fp8_in_both(tmp_path):
     """Learners that disagreed would compute different models."""
     fp8 = Fp8Settings(keep_first_and_last=False)
-    for metrics, _ in two_steps(tiny_settings(tmp_path, fp8=fp8), tmp_path):
+    for seen in of_two(tiny_settings(tmp_path, fp8=fp8), tmp_path):
+        metrics = seen["metrics"][0]
         assert metrics["fp8/layer1/down.input/snr_db"] == 1.0 and metrics["notes"] == 1
