@@ -240,7 +240,8 @@ class ObjectiveSettings(Section):
     ratio: Literal["token", "sequence"] = Field("token", description="of π to the proximal policy: each token's, or "
                                                 "its whole answer's geometric mean (GSPO)")  # fmt: skip
     trust_region: Literal["none", "ppo", "cispo", "aipo", "dppo"] = "ppo"
-    clip_low: PositiveFloat = Field(0.2, description="ratio floor is 1 - clip_low; of the probability itself for dppo")
+    clip_low: PositiveFloat = Field(0.2, description="ratio floor is 1 - clip_low; of the probability itself for dppo; "
+                                    "cispo's paper has none: give it 1")  # fmt: skip
     clip_high: PositiveFloat = Field(0.28, description="ratio ceiling is 1 + clip_high; of the probability for dppo")
     ratio_cap: PositiveFloat = Field(
         2.0, description="bounds the ratio where ppo and dppo leave it open, and in aipo: min(r, cap)"
