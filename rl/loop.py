@@ -313,7 +313,7 @@ class AsyncLoop:
             max_tokens=self.settings.max_answer_tokens,
             temperature=self.settings.temperature,
             stop_token_ids=self.settings.stop_token_ids,
-            seed=self._seed(slot, leased_at),
+            seed=self._seed(slot),
             together=self.together.pop((slot, lease.attempt), None),
         )
         with self.idle[lease.generator]:
@@ -331,9 +331,11 @@ class AsyncLoop:
         self.answered[slot, lease.attempt] = group
         return protocol.GroupReady(slot, lease.attempt, min(versions), max(versions))
 
-    def _seed(self, slot: int, version: int) -> int:
-        """What a group's answers are drawn with: not when, nor beside which others, nor on which engine."""
-        return int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{slot}/{version}".encode()).digest()[:4]) >> 1
+    def _seed(self, slot: int) -> int:
+        """What a group's answers are drawn with, whenever, beside whichever others and on whichever engine. The same
+        when it is leased again, at a newer version too: long answers are lost more often, and another draw in their
+        place would be a shorter one."""
+        return int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{slot}".encode()).digest()[:4]) >> 1
 
     async def _graded(self, slot: int, choice: Choice, answers: list[SampledAnswer], leased_at: int) -> RolloutGroup:
         texts = [self.pool.decode(answer.token_ids) for answer in answers]

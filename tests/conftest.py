@@ -6,6 +6,8 @@ A test is an integration test exactly when it lies in tests/integration; those r
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         elif item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT_S))
     items.sort(key=lambda item: INTEGRATION in item.path.parents)  # stable: order within each kind is kept
+
+
+@pytest.fixture(scope="module")
+def memory_path() -> Iterator[Path]:
+    """A folder in memory where there is one, for tests that write and sync by the thousand."""
+    root = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=root, prefix="drover-test-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")

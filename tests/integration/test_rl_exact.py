@@ -88,7 +88,7 @@ def synchronous_twin(folder: Path) -> str:
     generator = VllmGenerator(engine_settings(stage.dtype, BASE, seed), "twin")
 
     async def sampled(slot: int, prompt_ids: list[int], version: int) -> list:
-        drawn_with = hashlib.sha256(f"{seed}/{slot}/{version}".encode()).digest()[:4]
+        drawn_with = hashlib.sha256(f"{seed}/{slot}".encode()).digest()[:4]
         request = SampleRequest(
             request_id=f"{slot:08}", prompt_ids=prompt_ids, num_samples=SIZE, max_tokens=stage.max_answer_tokens,
             temperature=stage.temperature, stop_token_ids=tuple(stop_token_ids(tokenizer, BASE)),
