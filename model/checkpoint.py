@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.deadline import HUB_DEADLINE_S, call_within
+from model.disk import naming
 from model.tensor_map import LLAMA4_TEXT, DiskFormat, format_of
 
 if TYPE_CHECKING:
@@ -198,15 +199,16 @@ def save_policy(
 
     directory, torch_dtype = Path(directory), getattr(torch, dtype) if dtype else model.dtype
     tensors = stored_weights(model, torch_dtype, weights)
-    if model.config.model_type in LLAMA4_TYPES:
-        from model.weight_files import write_shards
+    with naming(directory):
+        if model.config.model_type in LLAMA4_TYPES:
+            from model.weight_files import write_shards
 
-        write_shards(directory, tensors, max_shard_bytes)
-        model.generation_config.save_pretrained(directory)
-    else:
-        model.save_pretrained(directory, state_dict=dict(tensors), max_shard_size=max_shard_bytes)
-    _write_config(model, directory, torch_dtype)
-    tokenizer.save_pretrained(directory)
+            write_shards(directory, tensors, max_shard_bytes)
+            model.generation_config.save_pretrained(directory)
+        else:
+            model.save_pretrained(directory, state_dict=dict(tensors), max_shard_size=max_shard_bytes)
+        _write_config(model, directory, torch_dtype)
+        tokenizer.save_pretrained(directory)
 
 
 def stored_weights(

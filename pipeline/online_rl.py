@@ -1,26 +1,26 @@
 """Stage `online_rl`: brings engines and learner up, hands the loop what it needs, and writes down what happened.
 
 Artifacts: `checkpoint/`, `rollouts.parquet` (every answer), `steps.jsonl` (a row of metrics a step),
-`curriculum.jsonl` (every posterior after every step). While it runs there are also `state/` (the newest of
-`rl/run_state.py`) and `rollouts/` (a file a step); a run that was killed goes on from them.
+`curriculum.jsonl` (every posterior after every step). A run that was killed goes on from the latter two and from what
+lies in the scratch folder, to the very end: `state/` (the newest of `rl/run_state.py`) and `rollouts/` (a file a step).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-import shutil
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from model.disk import naming, remove, sync
 from pipeline.cluster import Actor, ActorFailed
 from pipeline.config import DatasetTasks, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks, task_to_json
 from pipeline.engines import engine_settings
-from pipeline.stage import DataError, GateStopped, InfrastructureError, StageContext
+from pipeline.stage import SCRATCH, DataError, GateStopped, InfrastructureError, StageContext
 from pipeline.trainer_actor import fp8_settings
 from rewards.task import Task
 from rl.controller import LeaseExhausted, NoGeneratorLeft
@@ -43,6 +43,8 @@ from rl.types import (
 
 T = TypeVar("T")
 GRADER_THREADS = 2
+STEPS, CURRICULUM = "steps.jsonl", "curriculum.jsonl"
+PARQUET_BUFFER = 1 << 20  # bytes; pyarrow itself writes every page and header apart
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -77,9 +79,10 @@ def run(context: StageContext) -> dict[str, Any]:
 
         with Sandbox() as sandbox, ThreadPoolExecutor(GRADER_THREADS, "grader") as graders:
             _remove_remains(context.work)
-            states = RunStates(context.work / "state")
+            states = RunStates(context.scratch / "state")
             newest = states.newest()
             log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
+            states.before_publish = log.sync
             loop = AsyncLoop(
                 loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), cluster.shared_dir, context.seed),
                 TaskPool(
@@ -104,7 +107,6 @@ def run(context: StageContext) -> dict[str, Any]:
                 log.close()
             log.finish()
         asyncio.run(RemoteLearner(learners, stage.deadline_s).save(str(context.work / "checkpoint")))
-        states.remove()
     except HealthStop as error:
         raise GateStopped(str(error)) from error
     except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft, NothingGraded) as error:
@@ -118,9 +120,8 @@ def run(context: StageContext) -> dict[str, Any]:
 def _remove_remains(work: Path) -> None:
     """What a killed run left beside what a resumed one goes on from: a checkpoint that was being written, say."""
     for path in work.iterdir():
-        if path.name.startswith(".") or path.name in ("state", "rollouts", "steps.jsonl", "curriculum.jsonl"):
-            continue
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name not in (SCRATCH, STEPS, CURRICULUM):
+            remove(path) if path.is_dir() else path.unlink()
 
 
 async def _run(loop: AsyncLoop, newest: tuple[RunState, Path] | None, context: StageContext) -> None:
@@ -205,16 +206,17 @@ class StepLog:
         import pyarrow as pa
 
         self.context, self.num_steps, self.pool = context, num_steps, pool
-        self.steps = _rows_up_to(context.work / "steps.jsonl", after)
-        _rows_up_to(context.work / "curriculum.jsonl", after)
-        self._steps = (context.work / "steps.jsonl").open("a")
-        self._curriculum = (context.work / "curriculum.jsonl").open("a")
-        self._parts = context.work / "rollouts"
-        self._parts.mkdir(exist_ok=True)
+        self.steps = _rows_up_to(context.work / STEPS, after)
+        _rows_up_to(context.work / CURRICULUM, after)
+        self._steps = (context.work / STEPS).open("a")
+        self._curriculum = (context.work / CURRICULUM).open("a")
+        self._parts = context.scratch / "rollouts"
+        self._parts.mkdir(parents=True, exist_ok=True)
         for part in self._parts.iterdir():
             if part.suffix != ".parquet" or (part.stem.isdigit() and int(part.stem) > after):
                 part.unlink()
         self._num_lost = sum(part.stem.startswith("lost") for part in self._parts.iterdir())
+        self._unsynced: list[Path] = []  # parts
         self._schema = pa.schema(
             [
                 ("task_json", pa.string()),
@@ -239,14 +241,16 @@ class StepLog:
         """One step's row of metrics, its rollouts, and the posterior of every cell tried so far."""
         self._write_rollouts(record.groups, record.step, f"{record.step:06}")
         self.steps.append(record.metrics)
-        self._steps.write(json.dumps(record.metrics) + "\n")
-        self._steps.flush()
+        with naming(self.context.work / STEPS):
+            self._steps.write(json.dumps(record.metrics) + "\n")
+            self._steps.flush()
         for cell, sampled in record.curriculum.sampled.items():
             posterior, (domain, level) = record.curriculum.posteriors[cell], self.pool.cells[cell]
             row = {"step": record.step, "cell": cell, "domain": domain, "level": level, "sampled": sampled,
                    "alpha": round(posterior.alpha, 3), "beta": round(posterior.beta, 3)}  # fmt: skip
             self._curriculum.write(json.dumps(row) + "\n")
-        self._curriculum.flush()
+        with naming(self.context.work / CURRICULUM):
+            self._curriculum.flush()
         metrics = record.metrics
         self.context.progress(
             record.step,
@@ -280,21 +284,36 @@ class StepLog:
             for rollout in group.rollouts
         ]  # fmt: skip
         partial = self._parts / f"{name}.partial"
-        pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), partial)
-        partial.replace(partial.with_suffix(".parquet"))
+        with naming(partial), pa.output_stream(partial, buffer_size=PARQUET_BUFFER) as file:
+            pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), file)
+        self._unsynced.append(partial.replace(partial.with_suffix(".parquet")))
+
+    def sync(self) -> None:
+        """Make durable what was written so far: before a state that says it was. From any thread."""
+        written, self._unsynced = self._unsynced, []
+        work = self.context.work
+        for path in (*written, self._parts, self.context.scratch, work / STEPS, work / CURRICULUM, work):
+            sync(path)
 
     def close(self) -> None:
-        self._steps.close()
-        self._curriculum.close()
+        """What could not be written before is tried once more."""
+        for path, file in ((STEPS, self._steps), (CURRICULUM, self._curriculum)):
+            with naming(self.context.work / path):
+                file.close()
 
     def finish(self) -> None:
-        """All rollouts in one file, in the order of the steps."""
+        """All rollouts in one file, in the order of the steps. The parts stay: a kill may still undo the file."""
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        with pq.ParquetWriter(self.context.work / "rollouts.parquet", self._schema) as writer:
+        place = self.context.work / "rollouts.parquet"
+        with (
+            naming(place),
+            pa.output_stream(place, buffer_size=PARQUET_BUFFER) as file,
+            pq.ParquetWriter(file, self._schema) as writer,
+        ):
             for part in sorted(self._parts.iterdir()):
                 writer.write_table(pq.read_table(part, schema=self._schema))
-        shutil.rmtree(self._parts)
 
     def summary(self) -> dict[str, Any]:
         first, last = self.steps[:5], self.steps[-5:]
@@ -315,16 +334,20 @@ class StepLog:
 
 
 def _rows_up_to(path: Path, step: int) -> list[dict[str, Any]]:
-    """The rows of a file of JSON lines up to a step, all that is left in it afterwards. A torn line is a later one."""
-    kept = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    """The rows of a file of JSON lines up to a step; the rest is cut away, at once: a kill undoes no row that stays.
+    A torn line is a later one."""
+    kept, end = [], 0
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else []:
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if row["step"] <= step:
-            kept.append(row)
-    path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        if row["step"] > step:
+            break
+        kept.append(row)
+        end += len(line)
+    with path.open("ab") as file:
+        file.truncate(end)
     return kept
 
 

@@ -3,10 +3,12 @@
     recipe.yaml  events.jsonl  report.html  logs/  .lock
     keep/  warm/  climb/  …      a published stage: its artifacts, manifest.json, COMPLETE
     climb.partial/               a stage that is being written, or whose process was killed
-    climb.old-1/                 a replaced stage on its way out
+    climb.partial/.resume/       what it goes on from after a kill; never published
+    climb.old-1/                 a replaced stage, or a .resume/ of no more use, on its way out
 
 A stage is written beside its place, synced, sealed by COMPLETE (which holds the digest of manifest.json, which holds
-the digests of the artifacts), and renamed. So a folder is complete or it is not, whatever killed the process.
+the digests of the artifacts), and renamed. So a folder is complete or it is not, whatever killed the process; and what
+a killed one goes on from is there until the rest is sealed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,15 +26,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.stage import InfrastructureError
+from model.disk import naming, remove, sync
+from pipeline.stage import SCRATCH, InfrastructureError
 
 Manifest = dict[str, Any]  # the content of manifest.json
 Event = dict[str, Any]  # one line of events.jsonl: "time", "event", "stage" and the event's own fields
 
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
-IDENTITY = ".identity"  # of the stage that wrote a partial folder, where it can go on from it
+IDENTITY = "identity"  # in SCRATCH: of the stage that can go on from there
 LOCK_TRIES, LOCK_RETRY_S = 10, 0.05  # `holder` takes the lock for an instant; a start must outwait that
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL_ADVICE = "free some space and run the same command again; complete stages are kept"
 
 
 class RunDir:
@@ -91,13 +95,10 @@ class RunDir:
         """Put in place what was sealed but not yet renamed; remove replaced stages. Call with the lock held."""
         for partial in sorted(self.path.glob("*.partial")):
             if _read_sealed(partial) is not None:  # killed after sealing: newer than what stands in its place
-                place = partial.with_suffix("")
-                if place.exists():
-                    self._move_aside(place)
-                os.rename(partial, place)
+                self._put_in_place(partial)
         for old in self.path.glob("*.old-*"):
-            shutil.rmtree(old)
-        _sync_directory(self.path)
+            remove(old)
+        sync(self.path)
 
     # --- stages ---------------------------------------------------------------------------------------------------
 
@@ -108,15 +109,18 @@ class RunDir:
         """A folder for a stage to write into. What a killed run left there is removed, unless it was opened with the
         same `keep`, the identity of a stage that can go on from it."""
         partial = self.path / f"{name}.partial"
-        mark = partial / IDENTITY
+        mark = partial / SCRATCH / IDENTITY
         with _disk_trouble(partial):
             if keep is not None and mark.exists() and mark.read_text() == keep:
+                for seal in (COMPLETE, MANIFEST):  # of a publication that came to nothing
+                    (partial / seal).unlink(missing_ok=True)
                 return partial
             if partial.exists():
-                shutil.rmtree(self._move_aside(partial))
+                remove(self._move_aside(partial, partial.name))
             partial.mkdir(parents=True)
             if keep is not None:
-                mark.write_text(keep)
+                mark.parent.mkdir()
+                _write_synced(mark, keep.encode())
         return partial
 
     def publish(self, name: str, manifest: Mapping[str, Any]) -> Manifest:
@@ -126,9 +130,8 @@ class RunDir:
         InfrastructureError on a full disk; then, as after a kill at any point, the earlier `<name>/` is still there
         or the new one is found sealed at the next start.
         """
-        partial, place = self.path / f"{name}.partial", self.stage_folder(name)
+        partial = self.path / f"{name}.partial"
         with _disk_trouble(partial):
-            (partial / IDENTITY).unlink(missing_ok=True)
             outputs = _sync_outputs(partial)
             complete = dict(manifest) | {
                 "outputs": {path: digest for path, (digest, _) in outputs.items()},
@@ -136,26 +139,32 @@ class RunDir:
             }
             text = json.dumps(complete, indent=2, ensure_ascii=False, default=_plain_number).encode()
             _write_synced(partial / MANIFEST, text)
-            _sync_directory(partial)
+            sync(partial)
             # COMPLETE comes last: were it written before the rest is on disk, a power cut could leave it alone there.
             _write_synced(partial / COMPLETE, hashlib.sha256(text).hexdigest().encode())
-            _sync_directory(partial)
-            replaced = self._move_aside(place) if place.exists() else None
-            os.rename(partial, place)
-            _sync_directory(self.path)
-            if replaced is not None:
-                shutil.rmtree(replaced)
+            sync(partial)
+            of_no_use = self._put_in_place(partial)
+            sync(self.path)
+            for folder in of_no_use:
+                remove(folder)
         return complete
+
+    def _put_in_place(self, sealed: Path) -> list[Path]:
+        """Rename a sealed folder to the stage's own name; what it replaces and its SCRATCH are moved aside before."""
+        place = sealed.with_suffix("")
+        aside = [self._move_aside(one, place.name) for one in (sealed / SCRATCH, place) if one.exists()]
+        os.rename(sealed, place)
+        return aside
 
     def read_complete(self, name: str, verify: bool = False) -> Manifest | None:
         """The manifest of a complete stage, else None. Every output must be there with its size; with `verify`, with
         its sha256 too (reads every byte)."""
         return _read_sealed(self.stage_folder(name), verify)
 
-    def _move_aside(self, folder: Path) -> Path:
+    def _move_aside(self, folder: Path, name: str) -> Path:
         """Rename a folder so that it counts for nothing before its files are removed one by one."""
         number = 1
-        while (aside := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        while (aside := self.path / f"{name}.old-{number}").exists():
             number += 1
         os.rename(folder, aside)
         return aside
@@ -236,14 +245,23 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in DISK_FULL:
             return True
-        if os.strerror(errno.ENOSPC) in str(error):
+        if any(os.strerror(number) in str(error) for number in DISK_FULL):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def disk_full_message(path: Path) -> str:
-    return f"the disk under {path} is full: free some space and run the same command again; complete stages are kept"
+def disk_full_message(path: Path | str) -> str:
+    return f"the disk under {path} is full: {DISK_FULL_ADVICE}"
+
+
+def explain_disk_full(error: BaseException, otherwise: Path) -> str:
+    """The message for an error of which `is_disk_full` holds. Text that came from an actor still names the file as
+    Python prints it; `otherwise` is said where none is named. A message that tells all this already stays as it is."""
+    if DISK_FULL_ADVICE in str(error):
+        return str(error)
+    named = re.search(rf"(?:{'|'.join(map(os.strerror, DISK_FULL))}): '(/[^']+)'", str(error))
+    return f"{disk_full_message(named[1] if named else otherwise)} ({error})"
 
 
 @contextmanager
@@ -251,7 +269,8 @@ def _disk_trouble(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        message = disk_full_message(path) if is_disk_full(error) else f"{path}: the file system refused: {error}"
+        file = error.filename if os.path.isabs(str(error.filename)) else path
+        message = disk_full_message(file) if is_disk_full(error) else f"{file}: the file system refused: {error}"
         raise InfrastructureError(message) from error
 
 
@@ -287,24 +306,26 @@ def _read_sealed(folder: Path, verify: bool = False) -> Manifest | None:
 
 
 def _sync_outputs(folder: Path) -> dict[str, tuple[str, int]]:
-    """Sync everything beneath a folder; give back relative path → (sha256, bytes)."""
+    """Sync everything beneath a folder but its SCRATCH; give back relative path → (sha256, bytes)."""
     outputs: dict[str, tuple[str, int]] = {}
     for reserved in (MANIFEST, COMPLETE):
         if (folder / reserved).exists():
             raise RuntimeError(f"{folder / reserved}: a stage must not write this file, publication does")
     for path in sorted(folder.rglob("*")):
+        if path.is_relative_to(folder / SCRATCH):
+            continue
         if path.is_symlink():
             raise RuntimeError(f"{path} is a link: a stage must leave plain files, so that a digest means something")
         if path.is_dir():
-            _sync_directory(path)
+            sync(path)
         else:
-            outputs[path.relative_to(folder).as_posix()] = (_sha256(path, sync=True), path.stat().st_size)
+            outputs[path.relative_to(folder).as_posix()] = (_sha256(path, durable=True), path.stat().st_size)
     return outputs
 
 
-def _sha256(file: Path, sync: bool = False) -> str:
-    with file.open("rb") as handle:
-        if sync:
+def _sha256(file: Path, durable: bool = False) -> str:
+    with file.open("rb") as handle, naming(file):
+        if durable:
             os.fsync(handle.fileno())
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
@@ -312,17 +333,10 @@ def _sha256(file: Path, sync: bool = False) -> str:
 def _write_synced(file: Path, content: bytes) -> None:
     handle = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     try:
-        while content:
-            content = content[os.write(handle, content) :]
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sync_directory(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
+        with naming(file):
+            while content:
+                content = content[os.write(handle, content) :]
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -33,7 +33,7 @@ from rich.text import Text
 from pipeline.code_version import ROOT, code_version
 from pipeline.config import AnyStage, DatasetTasks, EvaluateStage, JudgeFilterStage, Recipe, stage_references
 from pipeline.progress import LiveView
-from pipeline.run_dir import MANIFEST, Manifest, RunDir, disk_full_message, is_disk_full
+from pipeline.run_dir import MANIFEST, Manifest, RunDir, explain_disk_full, is_disk_full
 from pipeline.stage import (
     RESUMABLE,
     DataError,
@@ -396,8 +396,8 @@ class _Run:
         if isinstance(error, KeyboardInterrupt | SystemExit) or self.stop.signal is not None:
             return self._explain_stop()
         where = self.current or "run"
-        if is_disk_full(error) and not isinstance(error, InfrastructureError):
-            error = InfrastructureError(f"{where}: {disk_full_message(self.run_dir.path)} ({error})")
+        if is_disk_full(error):
+            error = InfrastructureError(f"{where}: {explain_disk_full(error, self.run_dir.path)}")
         code = _exit_code(error)
         message = str(error)
         log = self.run_dir.logs / f"{where}.error.txt"

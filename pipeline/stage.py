@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pipeline.cluster import Cluster
 
 
+SCRATCH = ".resume"  # within a stage's folder
+
+
 class RecipeError(Exception):
     """The recipe is wrong (exit 2): names the key, the value seen and what would be accepted."""
 
@@ -38,11 +41,17 @@ class GateStopped(Exception):
 class StageContext:
     stage: AnyStage
     recipe: Recipe
-    work: Path  # everything left in it is published; empty, unless a RESUMABLE stage was killed and goes on
+    work: Path  # all in it but `scratch` is published; empty, unless a RESUMABLE stage was killed and goes on
     inputs: Mapping[str, Path]  # earlier stage name → its published folder
     seed: int  # derived from run.seed and the stage's name
     cluster: Cluster  # starts Ray at the first use
     emit: Callable[..., None]  # emit("event name", **json_fields) → one line of events.jsonl
+
+    @property
+    def scratch(self) -> Path:
+        """Where a RESUMABLE stage keeps what it goes on from after a kill. The runner makes it, and removes it once
+        everything else is sealed: before that a kill would cost the whole stage."""
+        return self.work / SCRATCH
 
     def progress(self, done: float, total: float, unit: str, **rates: float | str) -> None:
         """Tell the live view how far this stage is. `rates` are shown beside it (loss=0.41, tokens_per_s=812)."""
@@ -62,5 +71,5 @@ class StageContext:
             raise InfrastructureError(str(error)) from error
 
 
-RESUMABLE = frozenset({"online_rl"})  # kinds that go on from what a killed run left in `work`
+RESUMABLE = frozenset({"online_rl"})  # kinds that go on from what a killed run left
 StageFunction = Callable[[StageContext], dict[str, Any]]

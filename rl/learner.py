@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from model.disk import naming
 from model.precision import Fp8Settings
 from rl.losses import Denominators, Objective, PolicyLoss, Tokens, policy_loss
 from rl.types import Probe, Published, StepReport, TrainBatch
@@ -64,6 +65,7 @@ class LearnerSettings:
 
 
 NEIGHBOUR_DEADLINE_S = 300.0
+STATE_BUFFER = 1 << 20  # bytes
 PROBE_TOKENS = 160  # more than a block of the engine's cache, so that one that outlived its weights is seen
 PROBE_LABELS, PROBE_STRIDE = 16, 7919
 PROBE_TOLERANCE = 0.02  # nats; engine and learner in fp32 differ by 1e-6, or by the flip of one near-tie of a router
@@ -213,7 +215,8 @@ class PolicyLearner:
             "version": self.version, "model": model, "optimizer": optimizer, "fp8_fallen_back": fallen_back,
             "routers": self.routers.state(), "random": torch.get_rng_state(),
         }  # fmt: skip
-        torch.save(state, path)
+        with naming(path), open(path, "wb", buffering=STATE_BUFFER) as file:  # torch's own names no full disk
+            torch.save(state, file)
 
     def load_state(self, path: str) -> None:
         """What `save_state` wrote; after `start`."""

@@ -10,13 +10,14 @@ not in it: they are leased again, whatever their length, so that a kill favours 
 from __future__ import annotations
 
 import os
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter
 
+from model.disk import naming, remove, sync
 from rl.controller import State
 from rl.types import RolloutGroup
 
@@ -42,44 +43,37 @@ class RunStates:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.before_publish: Callable[[], None] = lambda: None  # makes durable what a state takes for granted
 
     def newest(self) -> tuple[RunState, Path] | None:
         """The last complete one and its folder; remains of a kill are removed."""
         if not self.folder.is_dir():
             return None
         for partial in self.folder.glob("*.partial"):
-            shutil.rmtree(partial)
+            remove(partial)
         complete = sorted(self.folder.iterdir())
         if not complete:
             return None
+        for old in complete[:-1]:
+            remove(old)
         return FORMAT.validate_json((complete[-1] / LOOP).read_bytes()), complete[-1]
 
     def open(self, version: int) -> Path:
         """An empty folder to write a state's files into, until `publish`."""
         partial = self.folder / f"{version:06}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         return partial
 
     def publish(self, partial: Path, state: RunState) -> None:
         """Complete and make durable what was written into `partial`; older states are removed."""
-        (partial / LOOP).write_bytes(FORMAT.dump_json(state))
+        with naming(partial / LOOP):
+            (partial / LOOP).write_bytes(FORMAT.dump_json(state))
+        self.before_publish()
         for path in (*partial.iterdir(), partial):
-            _sync(path)
+            sync(path)
         place = partial.with_suffix("")
         os.rename(partial, place)
-        _sync(self.folder)
+        sync(self.folder)
         for old in self.folder.iterdir():
             if old != place:
-                shutil.rmtree(old)
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+                remove(old)

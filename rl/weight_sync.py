@@ -18,6 +18,8 @@ from blake3 import blake3
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from model.disk import naming, sync
+
 # The output projection. Checkpoints of models whose embedding is tied to it may hold it or leave it out.
 OUTPUT_HEAD = "lm_head.weight"
 EMBEDDING = "model.embed_tokens.weight"
@@ -64,9 +66,9 @@ def publish_weights(named_tensors: Iterable[tuple[str, torch.Tensor]], path: Pat
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        save_file(tensors, partial)
-        with open(partial, "rb") as file:
-            os.fsync(file.fileno())
+        with naming(path):
+            save_file(tensors, partial)
+        sync(partial)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

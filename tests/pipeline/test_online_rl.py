@@ -9,13 +9,13 @@ from pipeline.online_rl import _remove_remains, _rows_up_to
 
 
 def test_only_what_a_run_goes_on_from_is_kept(tmp_path: Path) -> None:
-    for folder in ("state", "rollouts", "checkpoint"):
+    for folder in (".resume", "checkpoint"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").touch()
-    for file in ("steps.jsonl", "curriculum.jsonl", ".identity", "rollouts.parquet"):
+    for file in ("steps.jsonl", "curriculum.jsonl", "rollouts.parquet"):
         (tmp_path / file).touch()
     _remove_remains(tmp_path)
-    kept = {"state", "rollouts", "steps.jsonl", "curriculum.jsonl", ".identity"}
+    kept = {".resume", "steps.jsonl", "curriculum.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == kept
 
 

@@ -15,20 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from disk_faults import Disk, Operation, supervise
 
-from pipeline.run_dir import RunDir
-from pipeline.stage import InfrastructureError
+from pipeline.run_dir import COMPLETE, MANIFEST, Manifest, RunDir
+from pipeline.stage import SCRATCH, InfrastructureError
 
 FILES = {"weights.bin": b"w" * 4096, "checkpoint/config.json": b"{}", "checkpoint/deep/tokens.txt": b"abc"}
 OPERATIONS = [(os, "rename"), (os, "fsync"), (os, "write"), (os, "open"), (shutil, "rmtree")]
 
 
-def publish(run_dir: RunDir, mark: str) -> None:
+def publish(run_dir: RunDir, mark: str) -> Manifest:
     work = run_dir.open_partial("warm")
     for path, content in FILES.items():
         (work / path).parent.mkdir(parents=True, exist_ok=True)
         (work / path).write_bytes(content + mark.encode())
-    run_dir.publish("warm", {"stage": "warm", "identity": mark})
+    return run_dir.publish("warm", {"stage": "warm", "identity": mark})
 
 
 @contextmanager
@@ -93,27 +94,58 @@ def test_no_failed_operation_leaves_something_half_written_that_counts(
     assert nth > 10, "the failures were not where the work is"
 
 
+def crashes_of(work: Callable[[], object], run_dir: RunDir, copies: Path) -> list[RunDir]:
+    """What a kill, or a power cut, before any operation of `work` leaves; after its last one, too."""
+    left: list[RunDir] = []
+
+    def before(operation: Operation, disk: Disk) -> None:
+        for power_cut in (False, True):
+            left.append(RunDir(copies / f"{operation.number} {power_cut}"))
+            disk.copy(left[-1].path, power_cut=power_cut)
+
+    code, operations = supervise(lambda: 0 if work() else 1, run_dir.path, before=before)
+    assert code == 0 and len(operations) > 10
+    return [*left, run_dir]
+
+
 @pytest.mark.parametrize("replacing", [False, True])
-def test_kill_at_any_operation_leaves_the_old_stage_or_the_new_one(tmp_path: Path, replacing: bool) -> None:
-    """A forked child is gone (os._exit) before its nth operation; the parent then starts as the next run would."""
-    nth, code = 0, 1
-    while code != 0:
-        nth += 1
-        run_dir = RunDir(tmp_path / str(nth))
-        run_dir.path.mkdir()
-        if replacing:
-            publish(run_dir, "old")
-        child = os.fork()
-        if child == 0:
-            with failing_at(nth, lambda *_, **__: os._exit(1), pytest.MonkeyPatch()):
-                publish(run_dir, "new")
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        with run_dir.locked():
-            manifest = run_dir.read_complete("warm", verify=True)
+def test_a_kill_or_a_power_cut_at_any_operation_leaves_the_old_stage_or_the_new_one(
+    tmp_path: Path, replacing: bool
+) -> None:
+    run_dir = RunDir(tmp_path / "run")
+    run_dir.path.mkdir()
+    if replacing:
+        publish(run_dir, "old")
+    found = []
+    for left in crashes_of(lambda: publish(run_dir, "new"), run_dir, tmp_path / "copies"):
+        with left.locked():  # the next start
+            manifest = left.read_complete("warm", verify=True)
         assert manifest is not None or not replacing
-        assert manifest is None or manifest["identity"] in ("old", "new")
-    assert manifest is not None and manifest["identity"] == "new"
+        found.append(manifest["identity"] if manifest else None)
+        assert not list(left.path.glob("*.old-*"))
+    assert found[0] == ("old" if replacing else None) and found[-1] == "new"
+
+
+def test_what_a_stage_goes_on_from_is_there_until_the_rest_is_sealed_and_then_gone(tmp_path: Path) -> None:
+    def finish() -> object:
+        work = run_dir.open_partial("climb", keep="me")
+        (work / "weights.bin").write_bytes(b"w")
+        return run_dir.publish("climb", {"stage": "climb", "identity": "me"})
+
+    run_dir = RunDir(tmp_path / "run")
+    (run_dir.open_partial("climb", keep="me") / SCRATCH / "state").write_text("half way")
+    sealed = []
+    for left in crashes_of(finish, run_dir, tmp_path / "copies"):
+        with left.locked():
+            sealed.append(left.read_complete("climb", verify=True) is not None)
+            if sealed[-1]:
+                names = {path.name for path in left.stage_folder("climb").iterdir()}
+                assert names == {"weights.bin", MANIFEST, COMPLETE}
+                assert [path.name for path in left.path.iterdir() if path.is_dir()] == ["climb"]
+            else:
+                work = left.open_partial("climb", keep="me")
+                assert (work / SCRATCH / "state").read_text() == "half way" and not (work / MANIFEST).exists()
+    assert not sealed[0] and sealed[-1]
 
 
 def test_torn_manifest_or_missing_output_is_not_complete(tmp_path: Path) -> None:

@@ -190,7 +190,7 @@ def test_online_rl_finds_what_a_killed_run_of_the_same_recipe_left_and_others_be
     assert world.go(make_recipe(world.tmp_path, sft_rate=2e-3))[0] == 4 and world.found[-1] == [], "another recipe"
     del world.behaviour["climb"]
     assert world.go(make_recipe(world.tmp_path, sft_rate=2e-3))[0] == 0
-    assert not (world.tmp_path / "run" / "climb" / ".identity").exists()
+    assert not (world.tmp_path / "run" / "climb" / ".resume").exists()
 
 
 def test_full_disk_for_the_events_too_still_ends_with_its_message(

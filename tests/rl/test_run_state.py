@@ -1,12 +1,11 @@
 """States on disk: read back exactly, and never half of one."""
 
-import itertools
-import os
 import random
 import shutil
 from pathlib import Path
 
 import pytest
+from disk_faults import Disk, Operation, supervise
 
 from rewards.task import Task
 from rl.controller import State
@@ -47,43 +46,34 @@ def test_a_state_is_read_back_exactly_and_replaces_the_one_before(tmp_path):
     assert [path.name for path in states.folder.iterdir()] == ["000012"]
 
 
-OPERATIONS = [(os, "fsync"), (os, "rename"), (os, "mkdir"), (os, "rmdir"), (os, "unlink"), (Path, "write_bytes")]
-
-
-def die_at(nth: int) -> None:
-    """This process is gone before its nth operation."""
-    left = itertools.count(nth - 1, -1)
-
-    def counted(real):
-        return lambda *args, **kwargs: real(*args, **kwargs) if next(left) else os._exit(1)
-
-    for owner, name in OPERATIONS:
-        setattr(owner, name, counted(getattr(owner, name)))
-
-
 @pytest.mark.parametrize("replacing", [False, True])
-def test_kill_at_any_operation_leaves_the_old_state_or_the_new_one(tmp_path, replacing):
-    """A forked child is gone before its nth operation; the parent then starts as the next run would."""
-    nth, code = 0, 1
-    while code:
-        nth += 1
-        states = RunStates(tmp_path / str(nth))
-        if replacing:
-            publish(states, 1)
-        if (child := os.fork()) == 0:
-            die_at(nth)
-            publish(states, 2)
-            os._exit(0)
-        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        newest = states.newest()
-        assert newest is not None or not replacing
+def test_a_kill_or_a_power_cut_at_any_operation_leaves_the_old_state_or_the_new_one(
+    tmp_path: Path, replacing: bool
+) -> None:
+    states = RunStates(tmp_path / "state")
+    if replacing:
+        publish(states, 1)
+    left = []
+
+    def before(operation: Operation, disk: Disk) -> None:
+        for power_cut in (False, True):
+            left.append(tmp_path / f"{operation.number} {power_cut}")
+            disk.copy(left[-1], power_cut=power_cut)
+
+    code, operations = supervise(lambda: publish(states, 2) or 0, states.folder, before=before)
+    assert code == 0 and len(operations) > 10
+    found = []
+    for folder in left:
+        there = RunStates(folder)
+        newest = there.newest()
         if newest is not None:
-            state, folder = newest
-            assert state in (a_state(1), a_state(2))
-            assert (folder / LEARNER).read_bytes() == b"weights %d" % state.protocol.version
-        publish(states, 3)
-        assert states.newest()[0] == a_state(3) and len(list(states.folder.iterdir())) == 1
-    assert state == a_state(2) and nth > 5, "the kills were not where the work is"
+            state, place = newest
+            found.append(state.protocol.version)
+            assert state == a_state(found[-1]) and (place / LEARNER).read_bytes() == b"weights %d" % found[-1]
+        assert newest is not None or not replacing
+        publish(there, 3)
+        assert there.newest()[0] == a_state(3) and len(list(folder.iterdir())) == 1
+    assert set(found) == ({1, 2} if replacing else {2})
 
 
 def test_a_restored_curriculum_draws_on_as_if_nothing_had_happened(tmp_path):
