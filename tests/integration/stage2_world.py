@@ -87,10 +87,12 @@ class Stage2:
 
     def run_in_child(self) -> int:
         """The same in a process of its own, whose output goes to a file; see `output`."""
-        output = os.open(f"{self.folder}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        return self.run()
+        with (
+            open(f"{self.folder}.txt", "a") as output,
+            contextlib.redirect_stdout(output),
+            contextlib.redirect_stderr(output),
+        ):
+            return self.run()
 
     def output(self) -> str:
         return Path(f"{self.folder}.txt").read_text()
