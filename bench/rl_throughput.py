@@ -2,7 +2,7 @@
 
     python bench/rl_throughput.py [--steps 16] [--keep FOLDER]
 
-First a real run of stage 2 at staleness 2, a core each for generation and learning, with a learning rate so small that
+First a real run of stage 2 at staleness 4, a core each for generation and learning, with a learning rate so small that
 the policy stays what it is, and tasks so hard that few groups are trained on: the engine always has more to do than it
 can, and the learner waits. Then, on the same cores, alone and both at once,
 
@@ -233,7 +233,7 @@ def main(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
-        asked = recipe(steps, staleness=2, seed=1)
+        asked = recipe(steps, staleness=4, seed=1)
         hard = {"domains": ["maths", "reasoning"], "levels": [8, 10]}
         asked["stages"] = [
             asked["stages"][0] | {"learning_rate": 1e-7, "tasks": hard, "curriculum": {"kind": "uniform"}}

@@ -111,7 +111,9 @@ async def measure(name: str, runs: int, folder: Path) -> list[str]:
             with WeightFiles(path) as weights:
                 seen["verify"] = milliseconds(lambda weights=weights: weights_digest(iter(weights)))
             begin = time.perf_counter()
-            report = await generator.take_weights(str(path), run, Published(digest=digest, probe=probe))
+            report = await generator.take_weights(
+                str(path), run, Published(digest=digest, probe=probe, location=str(path))
+            )
             whole = (time.perf_counter() - begin) * 1e3
             seen |= {
                 "load": report.load_ms - seen["verify"],

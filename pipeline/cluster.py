@@ -72,6 +72,22 @@ class ResourcePlan:
     def num_gpus(self) -> float:
         return sum(actor.count * actor.num_gpus for actor in self.actors)
 
+    def nodes_of_generators(self, nodes: Mapping[str, Mapping[str, float]], here: str) -> list[str]:
+        """A node for each generator that fits, where they need not be `here`, on the node that the learners have: each
+        goes to where most room is left. `nodes`: node → its resources."""
+        generator, learner = self.actors
+        asked = {"CPU": generator.num_cpus, "GPU": generator.num_gpus}
+        room = {
+            node: min(int(resources.get(kind, 0) // number) for kind, number in asked.items() if number)
+            for node, resources in sorted(nodes.items())
+        }
+        room[here] -= learner.count
+        chosen: list[str] = []
+        while len(chosen) < generator.count and room[most := max(room, key=room.__getitem__)] > 0:
+            chosen.append(most)
+            room[most] -= 1
+        return chosen
+
     def lacking(self, available: Mapping[str, float]) -> list[str]:
         """What a node with `available` resources cannot give, one line each; empty where the plan fits."""
         asked = {"CPU": self.num_cpus, "GPU": self.num_gpus}
@@ -179,8 +195,8 @@ class ActorFailed(InfrastructureError):
 class Actor:
     """A handle to one actor. Every call names its deadline; whatever goes wrong names actor, method and cause."""
 
-    def __init__(self, name: str, handle: Any, log: Path) -> None:
-        self.name, self.log = name, log
+    def __init__(self, name: str, handle: Any, log: Path, node: str = "") -> None:
+        self.name, self.log, self.node = name, log, node
         self._handle, self._pid = handle, 0
 
     def call(self, method: str, *args: Any, timeout_s: float, **kwargs: Any) -> Any:
@@ -284,7 +300,7 @@ class Cluster:
     """Actors and engines of one run. Ray starts at the first use, or earlier and in the background by `warm_up`.
 
     All actors run on the driver's node, also in a cluster of several: weights pass through its /dev/shm, and what a
-    stage writes through its disk.
+    stage writes through its disk. With `weight_transfer: network` generators may be on any node that sees the disk.
     """
 
     def __init__(
@@ -310,6 +326,16 @@ class Cluster:
         """
         return self._started().shared_dir
 
+    @property
+    def weights_served_at(self) -> str:
+        """The host by which generators reach the learner for weights; empty where they find them in `shared_dir`."""
+        if self.settings.weight_transfer == "shared_memory":
+            return ""
+        self._started()
+        import ray
+
+        return ray.util.get_node_ip_address()
+
     def warm_up(self) -> None:
         """Start Ray without waiting for it: it takes seconds in which the caller can read its data."""
         if self._ray is None:
@@ -333,17 +359,24 @@ class Cluster:
         the class is imported. Raises InfrastructureError naming what is asked and available when there is no room.
         """
         begin = time.perf_counter()
-        actor, building = self._launch(name, cls, args, num_threads, env)
+        actor, building = self._launch(name, cls, args, num_threads, env or {})
         try:
             actor._pid = self._await_start(actor, building, "start")
         except BaseException:
             self.stop(actor)
             raise
-        self.emit("actor_started", actor=name, pid=actor._pid, seconds=round(time.perf_counter() - begin, 3))
+        self._tell_start(actor, begin)
         return actor
 
     def _launch(
-        self, name: str, cls: type, args: tuple[Any, ...], num_threads: int, env: Mapping[str, str] | None
+        self,
+        name: str,
+        cls: type,
+        args: tuple[Any, ...],
+        num_threads: int,
+        env: Mapping[str, str] = {},  # noqa: B006  only read
+        *,
+        node: str | None = None,  # None: the driver's
     ) -> tuple[Actor, Any]:
         """Ask for the actor; returns its handle and the reference of its pid, due when it is built."""
         ray_process = self._started()
@@ -352,19 +385,23 @@ class Cluster:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         log = self.run_dir / "logs" / f"{name}.log"
-        environment = thread_environment(num_threads) | ray_process.actor_environment() | dict(env or {})
+        environment = thread_environment(num_threads) | ray_process.actor_environment() | dict(env)
         # max_concurrency: async methods overlap; others queue for the host's one worker thread.
         options: dict[str, Any] = dict(
             num_cpus=self.settings.cpus_per_actor, max_restarts=0, max_task_retries=0, max_concurrency=1000
         )
         if self.settings.gpus_per_actor:
             options["num_gpus"] = self.settings.gpus_per_actor
-        here = ray.get_runtime_context().get_node_id()
-        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
+        node = node or ray.get_runtime_context().get_node_id()
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
         host = ray.remote(**options)(ActorHost).remote(str(log), environment, sys.path)
-        actor = Actor(name, host, log)
+        actor = Actor(name, host, log, node)
         self._actors.append(actor)
         return actor, host.build.remote(cloudpickle.dumps((cls, args)))
+
+    def _tell_start(self, actor: Actor, since: float, **more: Any) -> None:
+        seconds = round(time.perf_counter() - since, 3)
+        self.emit("actor_started", actor=actor.name, node=actor.node[:8], pid=actor._pid, seconds=seconds, **more)
 
     def _await_start(self, actor: Actor, reference: Any, what: str) -> Any:
         try:
@@ -443,7 +480,10 @@ class Cluster:
         names = {one.actor.name for one in self._engines}
         name = next(name for i in range(len(names) + 1) if (name := f"generator-{i}") not in names)
         begin = time.perf_counter()
-        actor, building = self._launch(name, VllmGenerator, (engine, name), engine.num_threads, None)
+        node = None
+        if self.settings.weight_transfer == "network":
+            node = self._started().nodes_of_generators()[int(name.rpartition("-")[2])]
+        actor, building = self._launch(name, VllmGenerator, (engine, name), engine.num_threads, node=node)
         starting = actor._handle.invoke.remote("start", (), {})
         return _Engine(actor, key, building, starting, (engine.checkpoint, engine.seed), begin)
 
@@ -464,8 +504,7 @@ class Cluster:
         except BaseException:
             self.stop(one.actor)
             raise
-        seconds = round(time.perf_counter() - one.since, 3)
-        self.emit("actor_started", actor=one.actor.name, pid=one.actor._pid, seconds=seconds, parts=parts)
+        self._tell_start(one.actor, one.since, parts=parts)
 
     def _is_well(self, one: _Engine) -> bool:
         try:
@@ -618,8 +657,25 @@ class _Ray:
     def lacking(self) -> list[str]:
         import ray
 
+        if self.settings.weight_transfer == "network":
+            placed, wanted = len(self.nodes_of_generators()), self.plan.actors[0].count
+            return self.plan.lacking(ray.cluster_resources()) or (
+                [f"{placed} of {wanted} generators fit beside the learners, which share the driver's node"]
+                if placed < wanted
+                else []
+            )
         here = ray.get_runtime_context().get_node_id()
-        return self.plan.lacking(next(node["Resources"] for node in ray.nodes() if node["NodeID"] == here))
+        return self.plan.lacking(self._nodes()[here])
+
+    def nodes_of_generators(self) -> list[str]:
+        import ray
+
+        return self.plan.nodes_of_generators(self._nodes(), ray.get_runtime_context().get_node_id())
+
+    def _nodes(self) -> dict[str, dict[str, float]]:
+        import ray
+
+        return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
     def close(self, handles: list[Any]) -> None:
         """Stop Ray, and let the watchdog kill what does not stop. Never waits for an actor to be polite."""
@@ -644,7 +700,10 @@ class _AttachedRay(_Ray):
         ray.init(address=self.settings.address, configure_logging=False, log_to_driver=False)
         if lacking := self.lacking():
             ray.shutdown()
-            raise RuntimeError("the node of this run is too small: " + "; ".join(lacking))
+            raise RuntimeError(f"{self._room()} is too small: " + "; ".join(lacking))
+
+    def _room(self) -> str:
+        return "the cluster" if self.settings.weight_transfer == "network" else "the node of this run"
 
     def actor_environment(self) -> dict[str, str]:
         return {}

@@ -443,6 +443,11 @@ class ClusterSettings(Section):
     generators: PositiveInt = 1
     learners: PositiveInt = Field(1, description="learners that divide the model and every batch among them (FSDP2)")
     address: str | None = Field(None, description="null: a private Ray on this machine; auto: the cluster of this job")
+    weight_transfer: Literal["shared_memory", "network"] = Field(
+        "shared_memory",
+        description="shared_memory: generators read what the learner wrote, on its node; network: it sends them "
+        "(NCCL between GPUs, gloo between CPUs), and generators may be on any node that sees the run's disk",
+    )
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
     start_deadline_s: PositiveFloat = Field(180.0, description="longest wait for an actor to come up")

@@ -69,7 +69,8 @@ def run(context: StageContext) -> dict[str, Any]:
     learners: list[Actor] = []
     try:
         num_learners = context.recipe.cluster.learners
-        for settings in learner_settings(stage, checkpoint, context.seed, cluster.shared_dir, num_learners):
+        shared, serve_at = cluster.shared_dir, cluster.weights_served_at
+        for settings in learner_settings(stage, checkpoint, context.seed, shared, num_learners, serve_at):
             learners.append(cluster.start(f"{stage.name}-learner-{settings.rank}", PolicyLearner, settings))
         asyncio.run(_start_all(learners, context.recipe.cluster.start_deadline_s))
         actors = cluster.generators(engine, architecture_digest(checkpoint))
@@ -84,7 +85,7 @@ def run(context: StageContext) -> dict[str, Any]:
             log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
             states.before_publish = log.sync
             loop = AsyncLoop(
-                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), cluster.shared_dir, context.seed),
+                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, context.seed),
                 TaskPool(
                     task_of=pool.task_of,
                     encode=lambda prompt: encode_prompt(tokenizer, prompt),
@@ -151,8 +152,8 @@ class RemoteGenerator:
             self.actor.call_async("sample", request, timeout_s=self.deadline_s), passed_on={"ValueError"}
         )
 
-    async def take_weights(self, path: str, version: int, expected: Published) -> SyncReport:
-        call = self.actor.call_async("take_weights", path, version, expected, timeout_s=self.deadline_s)
+    async def take_weights(self, location: str, version: int, expected: Published) -> SyncReport:
+        call = self.actor.call_async("take_weights", location, version, expected, timeout_s=self.deadline_s)
         try:
             return await self._asked(call, passed_on={"WeightsRefused"})
         except ActorFailed as error:
@@ -357,7 +358,7 @@ def _mean(rows: list[dict[str, Any]], key: str) -> float:
 
 
 def learner_settings(
-    stage: OnlineRlStage, checkpoint: Path, seed: int, shared: Path, world_size: int
+    stage: OnlineRlStage, checkpoint: Path, seed: int, shared: Path, world_size: int, serve_at: str = ""
 ) -> list[LearnerSettings]:
     """One for each learner."""
     first = LearnerSettings(
@@ -379,6 +380,7 @@ def learner_settings(
         fp8=fp8_settings(stage.fp8),
         world_size=world_size,
         rendezvous=str(shared / f"{stage.name}-learners"),
+        serve_at=serve_at,
     )
     return [replace(first, rank=rank) for rank in range(first.world_size)]
 

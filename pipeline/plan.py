@@ -140,10 +140,10 @@ def _actors(recipe: Recipe, stage: AnyStage) -> list[ActorPlan]:
     if isinstance(stage, DpoStage):
         return [_actor(recipe, "trainer", memory=_lora_memory(recipe, stage))]
     if isinstance(stage, OnlineRlStage):
-        memory = _training_memory(recipe, stage.policy)
+        learners = recipe.cluster.learners
         return [
             _generator(recipe, "generator", stage.policy, stage.dtype, recipe.cluster.generators),
-            _actor(recipe, "learner", count=recipe.cluster.learners, memory=memory),
+            _actor(recipe, "learner", count=learners, memory=_training_memory(recipe, stage.policy, learners)),
         ]
     count = stage.engines or recipe.cluster.generators
     return [_generator(recipe, "generator", stage.policies[0], stage.dtype, count)]
@@ -167,12 +167,13 @@ def _generator(recipe: Recipe, name: str, reference: str, dtype: str, count: int
     return _actor(recipe, name, count=count, memory=memory or None)
 
 
-def _training_memory(recipe: Recipe, reference: str) -> Memory | None:
-    """All parameters trained: each with a gradient and two moments, float32 whatever the forward pass computes in."""
+def _training_memory(recipe: Recipe, reference: str, processes: int = 1) -> Memory | None:
+    """All parameters trained: each with a gradient and two moments, float32 whatever the forward pass computes in, and
+    divided among the processes. Not counted: the layer that each holds whole while it is computed."""
     config = known_config(recipe, reference)
     if config is None:
         return None
-    weights = count_parameters(config) * BYTES["float32"]
+    weights = -(-count_parameters(config) // processes) * BYTES["float32"]
     return Memory(weights=weights, gradients=weights, adam=2 * weights)
 
 

@@ -30,6 +30,7 @@ from rl.types import EngineSettings, Published, SampledAnswer, SampleRequest, Sy
 from rl.weight_sync import WeightsRefused
 
 EXTENSION = "rl.worker_extension.WorkerExtension"
+TRANSFER_BACKEND = "whole_or_nothing"  # the extension registers it with vLLM
 KV_BLOCK_TOKENS = (128, 64, 32, 16)  # blocks vLLM's CPU attention works in, fastest first
 PREFILL_TOKENS = 8192  # prompt tokens computed in one step, at most
 PROBE_PRIORITY = -1  # before whatever waits: groups are leased again only when it is answered
@@ -166,7 +167,7 @@ class VllmGenerator:
                 max_logprobs=max(20, settings.max_labels),
                 disable_log_stats=True,
                 worker_extension_cls=EXTENSION,
-                weight_transfer_config=WeightTransferConfig(backend="shm"),
+                weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
                 **({"enable_return_routed_experts": settings.record_routes} if on_gpu else cpu_only),
             )
         )
@@ -305,9 +306,10 @@ class VllmGenerator:
         return str(self.version)
 
     async def take_weights(
-        self, path: str, version: int, expected: Published | None = None, seed: int | None = None
+        self, location: str, version: int, expected: Published | None = None, seed: int | None = None
     ) -> SyncReport:
-        """Exchange the weights for those at `path` (a safetensors file or a Hugging Face directory) and label them.
+        """Exchange the weights for others and label them. `location`: a safetensors file, a Hugging Face directory, or
+        where a learner serves them (`rl/weight_stream.py`).
 
         Requests in flight stop between two tokens and go on with the new weights and their old KV entries. Weights
         that are not exactly this model's, or not those of `expected`, raise WeightsRefused and leave engine and
@@ -323,13 +325,13 @@ class VllmGenerator:
             await self._engine.pause_generation(mode="keep", clear_cache=False)
             try:
                 load_at = time.perf_counter()
-                update_info = {"path": str(path), "expected_digest": expected.digest if expected else None}
+                update_info = {"location": location, "expected_digest": expected.digest if expected else None}
                 try:
                     await self._engine.start_weight_update()
                     await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update_info))
                     await self._engine.finish_weight_update(weight_version=str(version))
                 except Exception as error:
-                    await self._explain_failed_update(str(path), error)
+                    await self._explain_failed_update(location, error)
                 load_ms = (time.perf_counter() - load_at) * 1e3
                 receipt = await self._receipt()
                 self.version, self.seed = version, self.seed if seed is None else seed
@@ -348,14 +350,14 @@ class VllmGenerator:
                 load_ms=load_ms, probe_distance=distance,
             )  # fmt: skip
 
-    async def _explain_failed_update(self, path: str, error: Exception) -> None:
+    async def _explain_failed_update(self, location: str, error: Exception) -> None:
         """Raise what really happened: refused before anything was touched, or broken on the way."""
         receipt = await self._receipt()
         if receipt["refusal"] and not receipt["half_loaded"]:
-            raise WeightsRefused(f"engine {self.name} refused {path}: {receipt['refusal']}") from error
+            raise WeightsRefused(f"engine {self.name} refused {location}: {receipt['refusal']}") from error
         if receipt["half_loaded"]:
-            self.broken = f"loading {path} failed half-way: {error}"
-        raise RuntimeError(f"engine {self.name}: loading {path} failed: {error}") from error
+            self.broken = f"loading {location} failed half-way: {error}"
+        raise RuntimeError(f"engine {self.name}: loading {location} failed: {error}") from error
 
     async def _receipt(self) -> dict[str, Any]:
         """What the workers say about the last update; they must all say the same."""

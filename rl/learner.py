@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from model.disk import naming
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from model.logprobs import TokenStatistics
     from model.router import Route
     from rl.batcher import MicroBatch
+    from rl.weight_stream import WeightServer
 
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class LearnerSettings:
     rank: int = 0
     world_size: int = 1
     rendezvous: str = ""  # a file that does not exist yet, on a disk all learners see; needed for world_size > 1
+    serve_at: str = ""  # host by which engines reach this process; empty: they read the published files themselves
 
 
 NEIGHBOUR_DEADLINE_S = 300.0
@@ -77,6 +80,7 @@ class PolicyLearner:
         self.settings = settings
         self.version = 0
         self.notes: list[str] = []  # for people; the next report takes them along
+        self._server: WeightServer | None = None
 
     def start(self) -> dict[str, float]:
         """Load model and optimiser, meet the other learners; returns seconds by part."""
@@ -172,7 +176,16 @@ class PolicyLearner:
             digest = publish_weights(stored_weights(self.model, self._published_dtype(), weights), path)
         else:
             self._take_part_in_gathering()
-        return Published(digest=digest, probe=self._probe())
+        return Published(digest=digest, probe=self._probe(), location=self._location(path))
+
+    def _location(self, path: str) -> str:
+        from rl.weight_stream import WeightServer
+
+        if not self.settings.serve_at or self.settings.rank:
+            return path
+        if self._server is None:
+            self._server = WeightServer(Path(path).parent, self.settings.serve_at)
+        return self._server.location(path)
 
     def _whole_weights(self) -> Iterator[tuple[str, torch.Tensor]] | None:
         """The parameters, put together from all learners' shares; None where one holds them all."""

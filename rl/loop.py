@@ -26,12 +26,13 @@ import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from rewards.task import Score, Task, Ungraded
 from rl import controller as protocol
+from rl.clocks import IdleClock, Timings
 from rl.curriculum import Curriculum
 from rl.health import Finding, HealthMonitor, is_looping
 from rl.losses import Advantage, group_advantages, overlong_penalty
@@ -100,41 +101,6 @@ class StepRecord:
     metrics: dict[str, Any]
     groups: Sequence[RolloutGroup]
     curriculum: Curriculum
-
-
-@dataclass
-class Timings:
-    """Seconds each party waited, and what was generated, since the last step."""
-
-    generated_tokens: int = 0
-    sync_ms: float = 0.0
-    loop_lag_s: float = 0.0  # longest that this process's event loop was kept from its work
-    last_step_end: float = field(default_factory=time.perf_counter)
-
-
-class IdleClock:
-    """Seconds in which a generator had nothing to sample."""
-
-    def __init__(self) -> None:
-        self._num_leases, self._seconds, self._idle_since = 0, 0.0, time.perf_counter()
-
-    def __enter__(self) -> None:
-        if not self._num_leases:
-            self._seconds += time.perf_counter() - self._idle_since
-        self._num_leases += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._num_leases -= 1
-        self._idle_since = time.perf_counter()
-
-    def taken(self) -> float:
-        """What was not taken yet."""
-        now = time.perf_counter()
-        if not self._num_leases:
-            self._seconds += now - self._idle_since
-            self._idle_since = now
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
 
 LAG_PROBE_S = 0.2
@@ -496,7 +462,7 @@ class AsyncLoop:
         begin = time.perf_counter()
         generator = self.generators[sync.generator]
         try:
-            report = await generator.take_weights(self._path(sync.version), sync.version, expected)
+            report = await generator.take_weights(expected.location, sync.version, expected)
         except SyncRefused as error:
             self.on_event("sync_refused", generator=sync.generator, version=sync.version, reason=str(error))
             return protocol.SyncFailed(sync, str(error))

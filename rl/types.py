@@ -94,6 +94,7 @@ class Published:
 
     digest: str
     probe: Probe
+    location: str  # what engines are given: the file's path, or where `rl/weight_stream.py` serves it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +172,7 @@ class Generator(Protocol):
     the caller's deadline, or raises GeneratorGone."""
 
     async def sample(self, request: SampleRequest) -> list[SampledAnswer]: ...
-    async def take_weights(self, path: str, version: int, expected: Published) -> SyncReport:
+    async def take_weights(self, location: str, version: int, expected: Published) -> SyncReport:
         """Raises SyncRefused too."""
         ...
 

@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from blake3 import blake3
@@ -75,6 +75,15 @@ def publish_weights(named_tensors: Iterable[tuple[str, torch.Tensor]], path: Pat
     return weights_digest(tensors.items())
 
 
+class Weights(Protocol):
+    """A set of tensors, all of it there before the first is used."""
+
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]: ...
+    def tensor(self, name: str) -> torch.Tensor: ...
+    def shapes(self) -> dict[str, tuple[int, ...]]: ...
+
+
 class WeightFiles:
     """The tensors behind a safetensors file or a Hugging Face directory (sharded or not), memory-mapped.
 
@@ -118,6 +127,10 @@ class WeightFiles:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(file.get_slice(name).get_shape()) for name, file in self._file_of.items()}
 
+    def manifest(self) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+        """(name, dtype, shape) in the order of the names."""
+        return [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in self]
+
 
 def check_names(
     expected: Mapping[str, tuple[int, ...]], received: Mapping[str, tuple[int, ...]], *, tied: bool
@@ -143,7 +156,7 @@ def check_names(
         raise WeightsRefused(f"of {len(expected)} tensors expected: {'; '.join(problems)}")
 
 
-def check_tied_head(weights: WeightFiles) -> None:
+def check_tied_head(weights: Weights) -> None:
     """A tied engine ignores the head it is sent; refuse one that differs from the embedding instead of losing it."""
     names = weights.shapes()
     if OUTPUT_HEAD in names and EMBEDDING in names:

@@ -1,4 +1,5 @@
-"""What runs inside the vLLM worker: a shared-memory backend for vLLM's own weight-transfer interface.
+"""What runs inside the vLLM worker: a backend for vLLM's own weight-transfer interface, which takes weights from a file
+(in shared memory, as a rule) or from the learner's server.
 
 vLLM imports this module by the name given in `worker_extension_cls`, in the process that holds the model. An update is
 a transaction: names, shapes and digest are checked before the first tensor is touched, and a refused update leaves the
@@ -18,9 +19,10 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.models.llama4 import Llama4MoE
 
-from rl.weight_sync import WeightFiles, WeightsRefused, check_names, check_tied_head, weights_digest
+from rl.generator import TRANSFER_BACKEND
+from rl.weight_stream import SCHEME, StreamedWeights, WeightClient
+from rl.weight_sync import WeightFiles, Weights, WeightsRefused, check_names, check_tied_head, weights_digest
 
-BACKEND = "shm"
 KEPT_ROUTES = 4096  # requests
 
 
@@ -48,7 +50,7 @@ class InitInfo(WeightTransferInitInfo):
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    path: str = ""
+    location: str = ""  # a file, a Hugging Face directory, or an address of `rl/weight_stream.py`
     expected_digest: str | None = None
 
 
@@ -68,8 +70,8 @@ class _Expected:
     tied: bool = False
 
 
-class SharedMemoryEngine(WeightTransferEngine):
-    """Loads a published safetensors file, or a whole Hugging Face directory, into the running model."""
+class WholeOrNothingEngine(WeightTransferEngine):
+    """Loads published weights, or a whole Hugging Face directory, into the running model."""
 
     init_info_cls, update_info_cls = InitInfo, UpdateInfo
     supports_draft_weight_update = False
@@ -79,6 +81,7 @@ class SharedMemoryEngine(WeightTransferEngine):
         with WeightFiles(init_info.checkpoint) as weights:
             self.expected = _Expected(weights.shapes(), tied)
         self.receipt = Receipt()
+        self.client = WeightClient(self.device)
 
     def start_weight_update(self) -> None:
         # Taking the layers apart waits until the weights have been verified, in `receive_weights`.
@@ -93,7 +96,7 @@ class SharedMemoryEngine(WeightTransferEngine):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Verify, then load. Raises `WeightsRefused`; the receipt says whether the model was touched."""
         try:
-            with WeightFiles(update_info.path) as weights:
+            with self._open(update_info.location) as weights:
                 self._verify(weights, update_info)
                 self.receipt.half_loaded = True
                 layerwise.initialize_layerwise_reload(self.model)
@@ -102,14 +105,18 @@ class SharedMemoryEngine(WeightTransferEngine):
             self.receipt.refusal = str(error)
             raise
 
-    def _verify(self, weights: WeightFiles, update_info: UpdateInfo) -> None:
+    def _open(self, location: str) -> WeightFiles | StreamedWeights:
+        return self.client.get(location) if location.startswith(f"{SCHEME}://") else WeightFiles(location)
+
+    def _verify(self, weights: Weights, update_info: UpdateInfo) -> None:
         check_names(self.expected.shapes, weights.shapes(), tied=self.expected.tied)
         if self.expected.tied:
             check_tied_head(weights)
         self.receipt.digest, self.receipt.num_tensors = weights_digest(iter(weights)), len(weights)
         if update_info.expected_digest not in (None, self.receipt.digest):
             raise WeightsRefused(
-                f"{update_info.path} has digest {self.receipt.digest}, but {update_info.expected_digest} was announced"
+                f"{update_info.location} has digest {self.receipt.digest}, but {update_info.expected_digest} "
+                "was announced"
             )
 
     def finish_weight_update(self) -> None:
@@ -119,11 +126,11 @@ class SharedMemoryEngine(WeightTransferEngine):
         self.receipt.half_loaded = False
 
     def shutdown(self) -> None:
-        """Nothing is held between updates."""
+        self.client.close()
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryEngine)
+if TRANSFER_BACKEND not in WeightTransferEngineFactory._registry:
+    WeightTransferEngineFactory.register_engine(TRANSFER_BACKEND, WholeOrNothingEngine)
 
 
 class RouteRecorder:

@@ -60,6 +60,11 @@ def wait_for(
     raise AssertionError(f"no such event within {DEADLINE_S} s")
 
 
+def at_step(number: int) -> Callable[[dict[str, Any]], bool]:
+    """For `wait_for`: that many optimiser steps, or more, are done."""
+    return lambda event: event["event"] == "progress" and event.get("done", 0) >= number
+
+
 def processes_of(run_dir: Path) -> list[str]:
     """Live processes that belong to a run: by its folder in their command line, environment or open files."""
     import psutil

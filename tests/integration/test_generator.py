@@ -13,6 +13,7 @@ from vllm_checkpoints import VOCABULARY, save_dense, save_llama4
 
 from rl.generator import VllmGenerator
 from rl.types import EngineSettings, Probe, Published, SampledAnswer, SampleRequest
+from rl.weight_stream import WeightServer
 from rl.weight_sync import WeightsRefused, publish_weights
 
 pytestmark = pytest.mark.timeout(300)
@@ -194,7 +195,8 @@ def test_the_probe_goes_before_whatever_waits(engine: Engine, checkpoints: dict[
     generator, full = engine.generator, engine.generator.settings.max_num_seqs
     path = tmp_path / "weights.safetensors"
     digest = publish_weights(load_file(checkpoints["llama4-b"] / "model.safetensors").items(), path)
-    expected = Published(digest=digest, probe=Probe(prompt_ids=[1], label_ids=[2], logprobs=[-1.0], tolerance=1.0))
+    probe = Probe(prompt_ids=[1], label_ids=[2], logprobs=[-1.0], tolerance=1.0)
+    expected = Published(digest=digest, probe=probe, location=str(path))
 
     async def finished_when_the_probe_is_answered() -> int:
         lengths = [*range(40, 40 + full), *[200] * full]  # as many again as the engine can take wait
@@ -233,7 +235,8 @@ def test_update_that_is_not_exactly_this_model_is_refused_and_changes_nothing(
             engine.run(generator.take_weights(str(tmp_path / "wrong.safetensors"), 6))
     with pytest.raises(WeightsRefused, match="was announced"):
         probe = Probe(prompt_ids=[1], label_ids=[2], logprobs=[-1.0], tolerance=1.0)
-        engine.run(generator.take_weights(str(checkpoints["llama4-b"]), 6, Published(digest="0" * 64, probe=probe)))
+        announced = Published(digest="0" * 64, probe=probe, location=str(checkpoints["llama4-b"]))
+        engine.run(generator.take_weights(announced.location, 6, announced))
     with pytest.raises(WeightsRefused, match="no safetensors weights"):
         engine.run(generator.take_weights(str(tmp_path / "absent"), 6))
     after = engine.greedy()
@@ -242,9 +245,33 @@ def test_update_that_is_not_exactly_this_model_is_refused_and_changes_nothing(
     assert engine.run(generator.health())["version"] == 5
 
     digest = publish_weights(whole.items(), tmp_path / "right.safetensors")
-    expected = Published(digest=digest, probe=probe)
-    report = engine.run(generator.take_weights(str(tmp_path / "right.safetensors"), 6, expected))
+    expected = Published(digest=digest, probe=probe, location=str(tmp_path / "right.safetensors"))
+    report = engine.run(generator.take_weights(expected.location, 6, expected))
     assert report.digest == digest and report.num_tensors == len(whole) and report.probe_distance > 0
+
+
+def test_weights_from_a_server_are_taken_like_those_of_a_file_or_refused_whole(
+    engine: Engine, checkpoints: dict[str, Path]
+) -> None:
+    server = WeightServer(checkpoints["llama4-b"], "127.0.0.1")
+    served, generator = server.location("model.safetensors"), engine.generator
+    read = engine.run(generator.take_weights(str(checkpoints["llama4-b"]), 5))
+    from_file = engine.greedy()
+    engine.run(generator.take_weights(str(checkpoints["llama4-a"]), 6))
+    before = engine.greedy()
+    assert not same_tokens_and_logprobs(before, from_file)
+    for location, message in {
+        server.location("absent"): "no safetensors weights",
+        served.replace(server.token, "0" * 32): "wrong token",
+        served.replace(f":{server.port}", ":1"): "did not arrive whole from 127.0.0.1:1",
+    }.items():
+        with pytest.raises(WeightsRefused, match=message):
+            engine.run(generator.take_weights(location, 7))
+    assert same_tokens_and_logprobs(engine.greedy(), before)
+    streamed = engine.run(generator.take_weights(served, 7))
+    assert (streamed.digest, streamed.num_tensors) == (read.digest, read.num_tensors)
+    assert same_tokens_and_logprobs(engine.greedy(), from_file)
+    server.stop()
 
 
 def test_cancelled_request_leaves_the_engine_free(engine: Engine) -> None:

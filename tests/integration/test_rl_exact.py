@@ -1,16 +1,20 @@
 """Stage 2 without staleness, bit for bit: against a loop that does one thing after the other, against itself, and
-against a run that was killed."""
+against a run that was stopped again and again."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
+import re
+import signal
 import time
 from pathlib import Path
+from typing import Any
 
+import pytest
 import yaml
-from real_runs import ROOT, complete, kill, start, wait_for
+from real_runs import ROOT, at_step, complete, events, start, wait_for
 
 from model.tokenizer import decode_answer, encode_prompt, load_tokenizer, stop_token_ids
 from pipeline.config import Recipe
@@ -26,10 +30,10 @@ from rl.losses import group_advantages
 from rl.types import SampleRequest, TrainBatch
 
 BASE = ROOT / "recipes" / "tiny_base"
-GROUPS, SIZE, STEPS, SEED = 3, 8, 6, 5
+GROUPS, SIZE, STEPS, SEED = 3, 8, 10, 5
 
 
-def write_recipe(folder: Path) -> tuple[Path, Path]:
+def write_recipe(folder: Path, **cluster: Any) -> tuple[Path, Path]:
     """(recipe, run directory)"""
     folder.mkdir(exist_ok=True)
     climb = {
@@ -38,7 +42,8 @@ def write_recipe(folder: Path) -> tuple[Path, Path]:
         "save_every_steps": 2, "warmup_steps": 1, "learning_rate": 4e-4,
     }  # fmt: skip
     path, run_dir = folder / "recipe.yaml", folder / "run"
-    path.write_text(yaml.safe_dump({"run": {"name": "exact", "dir": str(run_dir), "seed": SEED}, "stages": [climb]}))
+    run = {"name": "exact", "dir": str(run_dir), "seed": SEED}
+    path.write_text(yaml.safe_dump({"run": run, "cluster": cluster, "stages": [climb]}))
     return path, run_dir
 
 
@@ -46,29 +51,52 @@ def weights_of(run_dir: Path) -> str:
     return hashlib.sha256((run_dir / "climb" / "checkpoint" / "model.safetensors").read_bytes()).hexdigest()
 
 
-def test_repeated_killed_and_synchronous_runs_end_with_the_same_weights(tmp_path: Path) -> None:
-    seen = {}
-    for name in ("one", "two"):
-        path, run_dir = write_recipe(tmp_path / name)
-        log = tmp_path / f"{name}.txt"
-        assert complete("run", str(path), log=log) == 0, log.read_text()[-3000:]
-        seen[name] = weights_of(run_dir)
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of what every other run is compared to."""
+    return finished(*write_recipe(tmp_path_factory.mktemp("uninterrupted")))
 
-    path, run_dir = write_recipe(tmp_path / "killed")
-    log, began = tmp_path / "killed.txt", time.time()
-    process = start("run", str(path), log=log)
-    wait_for(process, run_dir, lambda e: e["event"] == "progress" and e.get("done", 0) >= 3, after=began, log=log)
-    kill(process)
-    assert complete("run", str(path), log=log) == 0, log.read_text()[-3000:]
-    assert "resumed after step" in (run_dir / "events.jsonl").read_text()
-    seen["killed"] = weights_of(run_dir)
 
-    seen["synchronous"] = synchronous_twin(tmp_path / "twin")
-    assert len(set(seen.values())) == 1, seen
-    moved = hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
-    assert moved not in seen.values(), "nothing was trained"
-    rewards = [rewards_of(tmp_path / name / "run") for name in ("one", "two", "killed")]
-    assert rewards[0] == rewards[1] == rewards[2] and len(rewards[0]) == STEPS
+def finished(recipe: Path, run_dir: Path) -> Path:
+    log = recipe.with_name("log.txt")
+    assert complete("run", str(recipe), log=log) == 0, log.read_text()[-3000:]
+    return run_dir
+
+
+def test_something_was_trained(uninterrupted: Path) -> None:
+    assert weights_of(uninterrupted) != hashlib.sha256((BASE / "model.safetensors").read_bytes()).hexdigest()
+    assert len(rewards_of(uninterrupted)) == STEPS
+
+
+def test_a_second_run_whose_weights_pass_through_the_network_ends_with_the_same_bits(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    again = finished(*write_recipe(tmp_path, weight_transfer="network"))
+    assert weights_of(again) == weights_of(uninterrupted) and rewards_of(again) == rewards_of(uninterrupted)
+
+
+def test_a_loop_that_does_one_thing_after_the_other_ends_with_the_same_bits(
+    uninterrupted: Path, tmp_path: Path
+) -> None:
+    assert synchronous_twin(tmp_path) == weights_of(uninterrupted)
+
+
+def test_a_run_stopped_by_three_signals_ends_with_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
+    path, run_dir = write_recipe(tmp_path)
+    log = tmp_path / "log.txt"
+    stops = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
+    for done, (number, exit_code) in zip((3, 5, 7), stops.items(), strict=True):
+        began = time.time()
+        process = start("run", str(path), log=log)
+        wait_for(process, run_dir, at_step(done), after=began, log=log)
+        process.send_signal(number)
+        assert process.wait(timeout=30) == exit_code, log.read_text()[-3000:]
+        assert not (run_dir / "climb").exists()
+    finished(path, run_dir)
+    notes = [event["text"] for event in events(run_dir) if event["event"] == "note"]
+    resumed = [int(found[1]) for note in notes if (found := re.match(r"resumed after step (\d+)", note))]
+    assert len(resumed) == 3 and resumed == sorted(set(resumed)), notes
+    assert weights_of(run_dir) == weights_of(uninterrupted) and rewards_of(run_dir) == rewards_of(uninterrupted)
 
 
 def rewards_of(run_dir: Path) -> list[float]:

