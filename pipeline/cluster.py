@@ -35,6 +35,7 @@ from typing import Any
 from pipeline import watchdog
 from pipeline.config import ClusterSettings
 from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError
+from pipeline.stopping import put_handlers_back
 from rl.types import EngineSettings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -589,6 +590,7 @@ class _Ray:
             raise InfrastructureError(f"Ray did not start within {deadline_s:g} s; see {self.temp_dir}") from None
         except Exception as error:
             raise InfrastructureError(f"Ray did not start: {type(error).__name__}: {error}") from error
+        put_handlers_back()
 
     def _live(self) -> None:
         try:

@@ -65,6 +65,7 @@ class StopGuard:
     def begin(self, number: int) -> None:
         """Note that the run is stopping, and see to it that it does."""
         if self.signal is None:
+            signal.alarm(0)  # see `put_handlers_back`: should the signal have come before it was called
             self.signal = number
             self._watchdog = threading.Timer(GRACE_S, self._leave_now)
             self._watchdog.daemon = True
@@ -89,6 +90,15 @@ class StopGuard:
             for pid in left:
                 _kill_and_reap(pid)
             time.sleep(0.01)
+
+
+def put_handlers_back() -> None:
+    """Make Python's handlers those of the process again. Ray's core puts its own beneath them, from any thread: they
+    fill the screen with addresses, and abort the process three seconds after a SIGTERM."""
+    if threading.current_thread() is threading.main_thread():
+        for number in SIGNALS:
+            if (handler := signal.getsignal(number)) is not None:  # None: not Python's
+                signal.signal(number, handler)
 
 
 def descendants() -> list[int]:
