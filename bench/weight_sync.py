@@ -10,6 +10,7 @@ A real engine takes the weights of a learner of the same shape, idle, one thread
   load      the engine: into the model, and packed for its kernels
   pause     what requests in flight wait: verify, load, and the round trips of the interface
   probe     the question whose answer proves what the engine makes of the weights
+  network   in the place of the shared file: receiving it from `rl/weight_stream.py`, over gloo on this machine
   of a step publish, pause and probe against the learner's step over 256 answers of 96 tokens (the demo's), from its
             speed on a few rows of that length
 """
@@ -44,6 +45,7 @@ from model.tokenizer import load_tokenizer  # noqa: E402
 from model.transformer import MoeForCausalLM  # noqa: E402
 from rl.generator import VllmGenerator  # noqa: E402
 from rl.types import EngineSettings, Probe, Published  # noqa: E402
+from rl.weight_stream import WeightClient, WeightServer  # noqa: E402
 from rl.weight_sync import WeightFiles, publish_weights, weights_digest  # noqa: E402
 
 MIDDLE = TinyShape(
@@ -100,7 +102,10 @@ async def measure(name: str, runs: int, folder: Path) -> list[str]:
     settings = EngineSettings(checkpoint=str(source), max_model_len=256, max_num_seqs=4, kv_cache_gib=0.25)
     generator = VllmGenerator(settings, "under-test")
     path = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else folder) / f"drover-bench-{os.getpid()}.safetensors"
-    columns: dict[str, list[float]] = {key: [] for key in ("copy", "publish", "verify", "load", "pause", "probe")}
+    columns: dict[str, list[float]] = {
+        key: [] for key in ("copy", "publish", "verify", "load", "pause", "probe", "network")
+    }
+    server, client = WeightServer(path.parent, "127.0.0.1"), WeightClient(torch.device("cpu"))
     try:
         await generator.start()
         for run in range(runs + 1):
@@ -119,10 +124,13 @@ async def measure(name: str, runs: int, folder: Path) -> list[str]:
                 "load": report.load_ms - seen["verify"],
                 "pause": report.pause_ms,
                 "probe": whole - report.pause_ms,
+                "network": milliseconds(lambda: client.get(server.location(path))),
             }
             for key, value in seen.items() if run else ():  # the first one warms up
                 columns[key].append(value)
     finally:
+        client.close()
+        server.stop()
         generator.stop()
         path.unlink(missing_ok=True)
     middle = {key: statistics.median(values) for key, values in columns.items()}
@@ -135,8 +143,8 @@ async def measure(name: str, runs: int, folder: Path) -> list[str]:
 def main(runs: Annotated[int, typer.Option(help="Exchanges to take the median of.")] = 5) -> None:
     """Measure and print one table."""
     torch.set_num_threads(1)
-    table = Table("parameters", "MB", "copy", "publish", "verify", "load", "pause", "probe", "all / copy",
-                  "of a step", title="ms per exchange, fp32, one core each")  # fmt: skip
+    table = Table("parameters", "MB", "copy", "publish", "verify", "load", "pause", "probe", "network",
+                  "all / copy", "of a step", title="ms per exchange, fp32, one core each")  # fmt: skip
     for name in SOURCES:
         with tempfile.TemporaryDirectory() as folder:
             table.add_row(*asyncio.run(measure(name, runs, Path(folder))))
