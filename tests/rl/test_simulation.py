@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -144,9 +145,9 @@ class NeverGivesAnEngineUpAsBeingSynced(Controller):
 
 
 class BelievesEveryVersion(Controller):
-    def _on_ready(self, event: protocol.GroupReady) -> list[protocol.Command]:
+    def _on_answered(self, event: protocol.Answered) -> list[protocol.Command]:
         low = self._leased_at.get(event.slot, 0)
-        return super()._on_ready(protocol.GroupReady(event.slot, event.attempt, low, low))
+        return super()._on_answered(dataclasses.replace(event, oldest=low, newest=low))
 
 
 class TakesTheAnswerToAnotherSync(Controller):
@@ -157,6 +158,22 @@ class TakesTheAnswerToAnotherSync(Controller):
         same = current and (current.incarnation, current.version) == (sync.incarnation, sync.version)
         answered = protocol.SyncFailed(current, "") if same and isinstance(event, protocol.SyncFailed) else event
         return super()._on_sync(answered)
+
+
+class TakesAPartForTheGroup(Controller):
+    def _on_answered(self, event: protocol.Answered) -> list[protocol.Command]:
+        whole = protocol.GroupReady(event.slot, event.attempt, event.oldest, event.newest)
+        return super()._on_answered(whole)
+
+
+class ForgetsWhatIsUnfinished(Controller):
+    def _begins_wave(self) -> bool:
+        return False
+
+
+class BeginsAWaveAtOnce(Controller):
+    def _begins_wave(self) -> bool:
+        return True
 
 
 BUGS = Controller.__subclasses__()
