@@ -135,8 +135,8 @@ class Difficulty:
     def cell_evidence(self) -> tuple[Floats, Floats]:
         """(passes, fails) of all entries of each cell."""
         count = len(self.entries.cells)
-        passes = np.bincount(self.entries.cell, self.passes, count)
-        return passes, np.bincount(self.entries.cell, self.fails, count)
+        passes, fails = (np.bincount(self.entries.cell, of_entry, count) for of_entry in (self.passes, self.fails))
+        return passes.astype(np.float64), fails.astype(np.float64)
 
     def _others(self, ids: Ids) -> tuple[Floats, Floats]:
         """(passes, fails) of the other entries of each one's cell."""
@@ -218,13 +218,14 @@ class Difficulty:
     def to_json(self) -> dict[str, Any]:
         """Of the entries that were tried; the others are as they began."""
         (tried,) = np.nonzero(self.tried)
-        columns = (self.passes, self.fails, self.tried, self.seen, self.state, self.due, self.watched)
-        rows = zip(*(column[tried].tolist() for column in columns), strict=True)
+        rows = zip(*(column[tried].tolist() for column in self._columns()), strict=True)
         return {"version": self.version, "entries": {self.entries.names[i]: list(row) for i, row in zip(tried, rows)}}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self.version = state["version"]
-        columns = (self.passes, self.fails, self.tried, self.seen, self.state, self.due, self.watched)
         for name, row in state["entries"].items():
-            for column, value in zip(columns, row, strict=True):
+            for column, value in zip(self._columns(), row, strict=True):
                 column[self.entries.id_of[name]] = value
+
+    def _columns(self) -> list[npt.NDArray[Any]]:
+        return [self.passes, self.fails, self.tried, self.seen, self.state, self.due, self.watched]
