@@ -96,9 +96,12 @@ def validate(recipe: RecipeArgument = "stages.yaml", overrides: SetOption = None
     `drover validate --set stages.climb.group_size=1` exits 2 and says what is accepted
     """
     from pipeline.recipe import load
+    from pipeline.recipe_checks import remarks
 
     loaded = load(recipe, overrides or [])
     typer.echo(f"{recipe}: accepted ({' → '.join(stage.name for stage in loaded.stages)})")
+    for remark in remarks(loaded):
+        typer.echo(f"  {remark}")
 
 
 @app.command()

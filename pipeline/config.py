@@ -215,19 +215,70 @@ class SftStage(Stage):
         return self.router.idle_keys()
 
 
-class CurriculumSettings(Section):
-    """Which task comes next: decayed Beta posterior of each (domain, level), Thompson-sampled toward the band."""
+SAMPLERS = ("uniform", "pools", "thompson")
+GATES = ("none", "dapo", "speed")
+Answers = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
-    kind: Literal["uniform", "thompson"] = "thompson"
-    band: tuple[Share, Share] = Field((0.25, 0.75), description="pass rates the curriculum aims at")
+
+class CurriculumSettings(Section):
+    """Which tasks a step samples, and what becomes of groups without signal: `rl/curriculum.py` and what it calls.
+
+    `sampler` and `gate` may be exchanged without touching another key: what only some of them read is never refused.
+    """
+
+    sampler: str = Field(
+        "thompson", description=f"which tasks: {', '.join(SAMPLERS)}, or your own class as module:Class"
+    )
+    gate: str = Field(
+        "none", description="groups without signal: none trains on all alike, dapo samples another task in their "
+        "place, speed does so after a few answers, or your own class as module:Class"
+    )  # fmt: skip
+    band: tuple[Share, Share] = Field((0.25, 0.75), description="pass rates aimed at; `drover validate` says which "
+                                      "counts of right answers a group of group_size can have inside it")  # fmt: skip
     decay: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.9, description="memory kept per policy version")
-    explore_share: Share = Field(0.15, description="share of tasks drawn uniformly, whatever the posterior says")
+    explore_share: Share = Field(
+        0.15, description="share of tasks that the sampler does not choose: re-tests that are due, then any at random"
+    )
+    judge: str | None = Field(None, description="judge_filter stage whose scores are the prior of what was never tried")
+    judge_strength: Answers = Field(4.0, description="answers that a judge's score is worth")
+    neighbour_strength: Answers = Field(
+        8.0, description="answers that a prompt borrows, at most, from others of its domain and level"
+    )
+    retire_above: Share | None = Field(0.9, description="pass rate from which a task is drawn no more; null: never")
+    park_below: Share | None = Field(0.05, description="pass rate up to which it is too hard, for now; null: never")
+    retest_every_steps: PositiveInt = Field(20, description="steps after which what is retired or parked is re-tested")
+    retest_rise: Share = Field(0.1, description="rise of its neighbours' pass rate that re-tests a parked task at once")
+    domain_floor: Share = Field(0.1, description="share of the trained tokens that each domain gets at least")
+    max_resamples: Annotated[int, Field(ge=0)] = Field(
+        3, description="tasks that may take the place of one whose group the gate replaces; then the slot stays empty"
+    )
+    screen: Annotated[int, Field(ge=2)] = Field(4, description="answers that gate speed samples first")
+    rare_answers: Answers = Field(
+        4.0, description="gate speed goes on, whatever the first few say, where less than that many answers are known"
+    )
+    allocator: Literal["fixed", "knapsack"] = Field(
+        "fixed", description="fixed: group_size each; knapsack: the same tokens, where they promise most signal"
+    )
+    largest_group: PositiveInt = Field(64, description="answers that the knapsack gives a task, at most")
 
     @model_validator(mode="after")
     def _band_rises(self) -> CurriculumSettings:
         if self.band[0] >= self.band[1]:
             raise ValueError(f"band: {list(self.band)} is empty; write the lower pass rate first")
         return self
+
+    @property
+    def turns(self) -> int:
+        """Tasks that a slot may come to, one after the other."""
+        return 1 if self.gate == "none" else 1 + self.max_resamples
+
+    def idle_keys(self) -> dict[str, str]:
+        idle = {}
+        if self.judge is None:
+            idle["judge_strength"] = "without judge there is no score"
+        if self.allocator == "fixed":
+            idle["largest_group"] = "allocator fixed gives every task group_size answers"
+        return {f"curriculum.{key}": why for key, why in idle.items()}
 
 
 class ObjectiveSettings(Section):
@@ -350,9 +401,10 @@ class OnlineRlStage(Stage):
         return DEFAULT_LIMITS | changed
 
     def idle_keys(self) -> dict[str, str]:
-        idle = self.router.idle_keys() | self.objective.idle_keys()
+        idle = self.router.idle_keys() | self.objective.idle_keys() | self.curriculum.idle_keys()
         if not isinstance(self.tasks, DatasetTasks):
             idle["tasks.tasks_per_level"] = "the curriculum draws generated tasks without end"
+            idle["curriculum.neighbour_strength"] = "each level of generated tasks is measured as a whole"
         return idle
 
 
@@ -469,7 +521,8 @@ def stage_references(stage: AnyStage) -> list[tuple[str, str, bool]]:
     if isinstance(stage, SftStage):
         return [("init", stage.init, False), ("examples", stage.examples, True)]
     if isinstance(stage, OnlineRlStage):
-        return [("policy", stage.policy, False)]
+        judge = [("curriculum.judge", stage.curriculum.judge, True)] if stage.curriculum.judge else []
+        return [("policy", stage.policy, False), *judge]
     if isinstance(stage, DpoStage):
         return [("policy", stage.policy, False), ("rollouts", stage.rollouts, True)]
     if isinstance(stage, EvaluateStage):

@@ -1,21 +1,25 @@
 """Stage `online_rl`: brings engines and learner up, hands the loop what it needs, and writes down what happened.
 
-Artifacts: `checkpoint/`, `rollouts.parquet` (every answer), `steps.jsonl` (a row of metrics a step),
-`curriculum.jsonl` (every posterior after every step). A run that was killed goes on from the latter two and from what
-lies in the scratch folder, to the very end: `state/` (the newest of `rl/run_state.py`) and `rollouts/` (a file a step).
+Artifacts: `checkpoint/`, `rollouts.parquet` (every answer), `steps.jsonl` (a row of metrics a step), `curriculum.jsonl`
+(after every step the posterior of every domain and level, and of the prompts it asked), `observations.jsonl` (of every
+group what was expected, what came, and of which version). A run that was killed goes on from the latter three and from
+what lies in the scratch folder, to the very end: `state/` (the newest of `rl/run_state.py`) and `rollouts/` (a file a
+step).
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from model.disk import naming, remove, sync
+from pipeline import own_class
 from pipeline.cluster import Actor, ActorFailed
 from pipeline.config import DatasetTasks, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks, task_to_json
@@ -23,11 +27,13 @@ from pipeline.engines import engine_settings
 from pipeline.stage import SCRATCH, DataError, GateStopped, InfrastructureError, StageContext
 from pipeline.trainer_actor import fp8_settings
 from rewards.task import Task
+from rl.band import reachable_band
 from rl.controller import LeaseExhausted, NoGeneratorLeft
-from rl.curriculum import Curriculum
+from rl.curriculum import GATES, SAMPLERS, Curriculum, CurriculumRules
+from rl.difficulty import DifficultyRules, Entries
 from rl.health import HealthMonitor
 from rl.learner import LearnerSettings, PolicyLearner
-from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, StepRecord, TaskPool
+from rl.loop import AsyncLoop, HealthStop, LoopSettings, StepRecord, TaskPool
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import (
     GeneratorGone,
@@ -43,8 +49,10 @@ from rl.types import (
 
 T = TypeVar("T")
 GRADER_THREADS = 2
-STEPS, CURRICULUM = "steps.jsonl", "curriculum.jsonl"
+STEPS, CURRICULUM, OBSERVATIONS = LOGS = ("steps.jsonl", "curriculum.jsonl", "observations.jsonl")
 PARQUET_BUFFER = 1 << 20  # bytes; pyarrow itself writes every page and header apart
+HARDEST, EASIEST = 5.0, 1.0  # a judge's scores: `judges/verdict.py`
+TURN_SEEDS = 2**64  # generated tasks of a slot's turns are that far apart: further than slots of any run
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -92,7 +100,7 @@ def run(context: StageContext) -> dict[str, Any]:
                     decode=lambda ids: decode_answer(tokenizer, ids),
                     grade=lambda task, text: grade(task, text, sandbox),
                 ),
-                Curriculum(pool.domains, seed=context.seed, **stage.curriculum.model_dump()),
+                curriculum_of(stage, pool, context),
                 [RemoteGenerator(actor, stage.deadline_s, replace_generator) for actor in actors],
                 RemoteLearner(learners, stage.deadline_s),
                 graders,
@@ -110,7 +118,7 @@ def run(context: StageContext) -> dict[str, Any]:
         asyncio.run(RemoteLearner(learners, stage.deadline_s).save(str(context.work / "checkpoint")))
     except HealthStop as error:
         raise GateStopped(str(error)) from error
-    except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft, NothingGraded) as error:
+    except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft) as error:
         raise InfrastructureError(str(error)) from error
     finally:
         for learner in learners:
@@ -121,7 +129,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _remove_remains(work: Path) -> None:
     """What a killed run left beside what a resumed one goes on from: a checkpoint that was being written, say."""
     for path in work.iterdir():
-        if path.name not in (SCRATCH, STEPS, CURRICULUM):
+        if path.name not in (SCRATCH, *LOGS):
             remove(path) if path.is_dir() else path.unlink()
 
 
@@ -129,7 +137,7 @@ async def _run(loop: AsyncLoop, newest: tuple[RunState, Path] | None, context: S
     if newest is not None:
         state, folder = newest
         await loop.resume(state, str(folder / LEARNER))
-        version, groups = state.protocol.version, len(state.groups)
+        version, groups = state.protocol.version, len(state.protocol.ready)
         context.emit("note", text=f"resumed after step {version}, with {groups} finished groups")
     await loop.run()
 
@@ -207,10 +215,8 @@ class StepLog:
         import pyarrow as pa
 
         self.context, self.num_steps, self.pool = context, num_steps, pool
-        self.steps = _rows_up_to(context.work / STEPS, after)
-        _rows_up_to(context.work / CURRICULUM, after)
-        self._steps = (context.work / STEPS).open("a")
-        self._curriculum = (context.work / CURRICULUM).open("a")
+        self.steps, *_ = (_rows_up_to(context.work / name, after) for name in LOGS)
+        self._logs = {name: (context.work / name).open("a") for name in LOGS}
         self._parts = context.scratch / "rollouts"
         self._parts.mkdir(parents=True, exist_ok=True)
         for part in self._parts.iterdir():
@@ -239,19 +245,22 @@ class StepLog:
         )
 
     def write(self, record: StepRecord) -> None:
-        """One step's row of metrics, its rollouts, and the posterior of every cell tried so far."""
-        self._write_rollouts(record.groups, record.step, f"{record.step:06}")
+        """One step's row of metrics, its rollouts, what its groups said, and the posteriors after them. What was
+        discarded stands under step 0, which trains on nothing, in the file of its step: undone with it by a kill."""
+        rows = [*self._rollout_rows(record.groups, record.step), *self._rollout_rows(record.discarded, 0)]
+        self._write_rollouts(rows, f"{record.step:06}")
         self.steps.append(record.metrics)
-        with naming(self.context.work / STEPS):
-            self._steps.write(json.dumps(record.metrics) + "\n")
-            self._steps.flush()
-        for cell, sampled in record.curriculum.sampled.items():
-            posterior, (domain, level) = record.curriculum.posteriors[cell], self.pool.cells[cell]
-            row = {"step": record.step, "cell": cell, "domain": domain, "level": level, "sampled": sampled,
-                   "alpha": round(posterior.alpha, 3), "beta": round(posterior.beta, 3)}  # fmt: skip
-            self._curriculum.write(json.dumps(row) + "\n")
-        with naming(self.context.work / CURRICULUM):
-            self._curriculum.flush()
+        self._append(STEPS, [record.metrics])
+        asked = dict.fromkeys(outcome.choice.entry for outcome in record.outcomes)
+        self._append(CURRICULUM, [{"step": record.step} | row for row in record.curriculum.rows(asked)])
+        self._append(OBSERVATIONS, [
+            {
+                "step": record.step, "slot": one.slot, "turn": one.turn, "entry": one.choice.entry,
+                "version": one.version, "expected": round(one.choice.expected, 4), "passes": one.passes,
+                "total": one.total, "size": one.choice.size, "kept": one.kept,
+            }
+            for one in record.outcomes
+        ])  # fmt: skip
         metrics = record.metrics
         self.context.progress(
             record.step,
@@ -262,17 +271,18 @@ class StepLog:
             staleness=round(metrics.get("staleness_mean", 0.0), 2),
         )
 
+    def _append(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        with naming(self.context.work / name):
+            self._logs[name].write("".join(json.dumps(row) + "\n" for row in rows))
+            self._logs[name].flush()
+
     def write_lost(self, group: RolloutGroup) -> None:
-        """A group that is not used, graded by nobody or too late: its rollouts stand under step 0, which trains on
-        nothing."""
+        """A group that is not used, graded by nobody or too late: its rollouts stand under step 0 too."""
         self._num_lost += 1
-        self._write_rollouts([group], 0, f"lost-{self._num_lost:06}")
+        self._write_rollouts(self._rollout_rows([group], 0), f"lost-{self._num_lost:06}")
 
-    def _write_rollouts(self, groups: Sequence[RolloutGroup], step: int, name: str) -> None:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        rows = [
+    def _rollout_rows(self, groups: Sequence[RolloutGroup], step: int) -> list[dict[str, Any]]:
+        return [
             {
                 "task_json": json.dumps(task_to_json(group.task)), "task_id": group.task.task_id,
                 "domain": group.task.domain, "level": group.task.level, "group_id": group.group_id,
@@ -284,6 +294,11 @@ class StepLog:
             for group in groups
             for rollout in group.rollouts
         ]  # fmt: skip
+
+    def _write_rollouts(self, rows: list[dict[str, Any]], name: str) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
         partial = self._parts / f"{name}.partial"
         with naming(partial), pa.output_stream(partial, buffer_size=PARQUET_BUFFER) as file:
             pq.write_table(pa.Table.from_pylist(rows, schema=self._schema), file)
@@ -293,14 +308,14 @@ class StepLog:
         """Make durable what was written so far: before a state that says it was. From any thread."""
         written, self._unsynced = self._unsynced, []
         work = self.context.work
-        for path in (*written, self._parts, self.context.scratch, work / STEPS, work / CURRICULUM, work):
+        for path in (*written, self._parts, self.context.scratch, *(work / name for name in LOGS), work):
             sync(path)
 
     def close(self) -> None:
         """What could not be written before is tried once more."""
-        for path, file in ((STEPS, self._steps), (CURRICULUM, self._curriculum)):
-            with naming(self.context.work / path):
-                file.close()
+        for name, log in self._logs.items():
+            with naming(self.context.work / name):
+                log.close()
 
     def finish(self) -> None:
         """All rollouts in one file, in the order of the steps. The parts stay: a kill may still undo the file."""
@@ -329,6 +344,9 @@ class StepLog:
             "staleness_max": max(step.get("staleness_max", 0.0) for step in self.steps),
             "mismatch_k3": _mean(self.steps, "mismatch_k3"),
             "groups_lost": self.steps[-1]["groups_lost"],
+            "tokens_discarded": sum(step["discarded_tokens"] for step in self.steps),
+            "empty_slots": sum(step["empty_slots"] for step in self.steps),
+            "states": self.steps[-1]["states"],
             "ungraded": sum(step["ungraded"] for step in self.steps),
             "prompts_too_long": self.pool.num_too_long,
         }
@@ -388,7 +406,6 @@ def learner_settings(
 def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path, seed: int) -> LoopSettings:
     return LoopSettings(
         groups_per_step=stage.groups_per_step,
-        group_size=stage.group_size,
         num_steps=stage.steps,
         max_staleness=stage.max_staleness,
         max_answer_tokens=stage.max_answer_tokens,
@@ -405,34 +422,95 @@ def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared:
     )
 
 
+# --- what tasks are drawn from, and how -----------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, kw_only=True)
 class Pool:
     """What tasks are drawn from."""
 
-    cells: dict[str, tuple[str, int]]  # the curriculum's cell → (domain, level)
-    task_of: Callable[[str, int], Task]  # (cell, slot) → task
+    cells: dict[str, tuple[str, int]]  # the curriculum's entry → (domain, level)
+    task_of: Callable[[str, int, int], Task]  # (entry, slot, turn) → task
+    prompts: Mapping[str, str] = field(default_factory=dict)  # entry → prompt, where an entry is one
     num_too_long: int = 0  # prompts left out
 
     @property
-    def domains(self) -> dict[str, str]:
-        return {cell: domain for cell, (domain, _) in self.cells.items()}
+    def endless(self) -> bool:
+        return not self.prompts
 
 
 def task_pool(source: TaskSource, seed: int, fits: Callable[[Task], bool]) -> Pool:
-    """Generated tasks: a cell is a (domain, level) and never runs dry. A data set: a cell is one prompt that fits."""
+    """Generated tasks: an entry is a (domain, level) and never runs dry. A data set: an entry is one prompt that
+    fits."""
     if isinstance(source, DatasetTasks):
         tasks = load_tasks(source, seed)
         kept = {task.task_id: task for task in tasks if fits(task)}
-        cells = {name: (task.domain, task.level) for name, task in kept.items()}
-        return Pool(cells=cells, task_of=lambda cell, slot: kept[cell], num_too_long=len(tasks) - len(kept))
+        return Pool(
+            cells={name: (task.domain, task.level) for name, task in kept.items()},
+            task_of=lambda entry, slot, turn: kept[entry],
+            prompts={name: task.prompt for name, task in kept.items()},
+            num_too_long=len(tasks) - len(kept),
+        )
     assert isinstance(source, GeneratedTasks)
     from rewards.domains import generate
 
     levels = range(source.levels[0], source.levels[1] + 1)
     cells = {f"{domain}/{level}": (str(domain), level) for domain in source.domains for level in levels}
 
-    def task_of(cell: str, slot: int) -> Task:
-        domain, level = cells[cell]
-        return generate(domain, level, seed * 1_000_003 + slot, "train")
+    def task_of(entry: str, slot: int, turn: int) -> Task:
+        domain, level = cells[entry]
+        return generate(domain, level, seed * 1_000_003 + slot + turn * TURN_SEEDS, "train")
 
     return Pool(cells=cells, task_of=task_of)
+
+
+def curriculum_of(stage: OnlineRlStage, pool: Pool, context: StageContext) -> Curriculum:
+    rules, settings = curriculum_rules(stage), stage.curriculum
+    judged = judged_rates(pool, context.inputs[settings.judge] / "verdicts.parquet") if settings.judge else None
+    entries = Entries(pool.cells, endless=pool.endless, judged=judged)
+    sampler = SAMPLERS.get(settings.sampler) or own_class.load(settings.sampler)
+    gate = GATES.get(settings.gate) or own_class.load(settings.gate)
+    return Curriculum(entries, rules, sampler(rules), gate(rules), context.seed)
+
+
+def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
+    settings = stage.curriculum
+    sets_aside = settings.sampler != "uniform"  # the control arm knows no difficulty
+    difficulty = DifficultyRules(
+        decay=settings.decay,
+        judge_strength=settings.judge_strength,
+        neighbour_strength=settings.neighbour_strength,
+        retire_above=settings.retire_above if sets_aside else None,
+        park_below=settings.park_below if sets_aside else None,
+        retest_every=settings.retest_every_steps,
+        retest_rise=settings.retest_rise,
+    )
+    return CurriculumRules(
+        band=reachable_band(stage.group_size, settings.band),
+        group_size=stage.group_size,
+        explore_share=settings.explore_share,
+        max_resamples=settings.max_resamples,
+        allocator=settings.allocator,
+        largest_group=settings.largest_group,
+        screen=settings.screen,
+        rare_answers=settings.rare_answers,
+        domain_floor=settings.domain_floor,
+        difficulty=difficulty,
+    )
+
+
+def judged_rates(pool: Pool, verdicts: Path) -> dict[str, float]:
+    """Entry → pass rate that its judged difficulty stands for: 1 at the easiest score, 0 at the hardest. A prompt has
+    its own score, else, like a level of generated tasks, the mean of what was judged of its domain and level. Only the
+    order is to be trusted; what is measured corrects the rest."""
+    import pyarrow.parquet as pq
+
+    rows = pq.read_table(verdicts, columns=["domain", "level", "prompt", "score"]).to_pylist()
+    rates = {row["prompt"]: (HARDEST - row["score"]) / (HARDEST - EASIEST) for row in rows if row["score"] is not None}
+    by_cell: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for row in rows:
+        if row["prompt"] in rates:
+            by_cell[row["domain"], row["level"]].append(rates[row["prompt"]])
+    means = {cell: sum(some) / len(some) for cell, some in by_cell.items()}
+    found = {name: rates.get(pool.prompts.get(name, ""), means.get(cell)) for name, cell in pool.cells.items()}
+    return {name: rate for name, rate in found.items() if rate is not None}

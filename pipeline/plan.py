@@ -32,6 +32,7 @@ from pipeline.config import (
 from pipeline.engines import LONGEST_TOKENS
 from pipeline.recipe_checks import max_positions, nearest, origin
 from pipeline.stage import RecipeError
+from rl.band import band_in_words
 from rl.controller import Bounds
 from rl.types import EngineSettings
 
@@ -249,16 +250,22 @@ def num_tasks(source: TaskSource) -> int | None:
 def online_arithmetic(stage: OnlineRlStage) -> dict[str, str]:
     """Rollouts, tokens, and what follows from groups_per_step, max_staleness and sync_every_steps: `rl.controller`."""
     bounds = Bounds(stage.groups_per_step, stage.max_staleness, stage.sync_every_steps)
-    rollouts = stage.groups_per_step * stage.group_size
+    curriculum = stage.curriculum
+    rollouts = stage.groups_per_step * stage.group_size  # the knapsack spends no more
+    turns = curriculum.turns
+    more = f", and up to {turns - 1} more tasks in the place of a group without signal" if turns > 1 else ""
+    largest = curriculum.largest_group if curriculum.allocator == "knapsack" else stage.group_size
     bound = f"no trained token is more than {stage.max_staleness} version(s) older than the learner"
     synchronous = "0: every token comes from the policy that is stepped (synchronous)"
     return {
-        "rollouts per step": f"{stage.groups_per_step} groups × {stage.group_size} answers = {_count(rollouts)}",
-        "tokens per step": f"at most {_count(rollouts * stage.max_answer_tokens)} generated",
-        "whole stage": f"{stage.steps} steps, {_count(stage.steps * rollouts)} rollouts, "
-        f"at most {_count(stage.steps * rollouts * stage.max_answer_tokens)} tokens",
+        "rollouts per step": f"{stage.groups_per_step} groups × {stage.group_size} answers = {_count(rollouts)}{more}",
+        "curriculum": f"{curriculum.sampler}, gate {curriculum.gate}, groups {curriculum.allocator}",
+        "band": band_in_words(stage.group_size, curriculum.band),
+        "tokens per step": f"at most {_count(turns * rollouts * stage.max_answer_tokens)} generated",
+        "whole stage": f"{stage.steps} steps, at most {_count(stage.steps * turns * rollouts)} rollouts, "
+        f"{_count(stage.steps * turns * rollouts * stage.max_answer_tokens)} tokens",
         "staleness bound": bound if stage.max_staleness else synchronous,
-        "in flight": f"at most {bounds.groups} groups, {_count(bounds.groups * stage.group_size)} rollouts",
+        "in flight": f"at most {bounds.groups} groups, {_count(bounds.groups * largest)} rollouts",
     }
 
 

@@ -277,11 +277,17 @@ EXPECTED = {  # pydantic's error types, as people say them
 }
 
 
+# (section, key) of earlier recipes → what it is called now
+RENAMED: dict[tuple[str, ...], str] = {("curriculum", "kind"): "sampler"}
+
+
 def _explain(detail: ErrorDetails, data: Any) -> str:
     """One line for one of pydantic's errors: key path, value seen, what is accepted."""
     path, seen, kind = _key_path(detail["loc"], data), _seen(detail["input"]), detail["type"]
     context = detail.get("ctx", {})
     last = str(detail["loc"][-1]) if detail["loc"] else ""
+    if kind == "extra_forbidden" and (renamed := RENAMED.get(tuple(map(str, detail["loc"][-2:])))):
+        return f"{path}: is called {renamed} now (value seen: {seen})."
     if kind == "extra_forbidden":
         known = [name for model in _models_at(detail["loc"][:-1]) for name in model.model_fields]
         return f"{path}: no such key (value seen: {seen}).{nearest(last, dict.fromkeys(known))}"

@@ -17,9 +17,13 @@ from model.checkpoint import HUB_ID, SMOLLM2
 from model.config import TinyShape, read_config, tiny
 from model.precision import fp8_layers
 from model.tensor_map import moe_layers, text_config
+from pipeline import own_class
 from pipeline.config import (
+    GATES,
+    SAMPLERS,
     AnyStage,
     BootstrapStage,
+    CurriculumSettings,
     DatasetTasks,
     DpoStage,
     EvaluateStage,
@@ -31,15 +35,17 @@ from pipeline.config import (
     TaskSource,
     stage_references,
 )
+from rl.band import band_in_words, reachable_band
 
 GIVES = {  # what a stage of each kind leaves for later ones
     "bootstrap": "checkpoint",
-    "judge_filter": "examples",
+    "judge_filter": "examples and verdicts",
     "sft": "checkpoint",
     "online_rl": "checkpoint and rollouts",
     "dpo": "checkpoint",
     "evaluate": "results",
 }
+NEEDS = {"examples": "examples", "rollouts": "rollouts", "curriculum.judge": "verdicts"}  # key → what it reads
 RESERVED_NAMES = ("logs",)  # folders of the run directory that are no stage
 DATASET_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 _repr = reprlib.Repr()
@@ -58,8 +64,19 @@ def nearest(word: object, options: Iterable[str]) -> str:
 
 def problems(recipe: Recipe) -> list[str]:
     """Everything wrong with the recipe, a line each; an empty list accepts it."""
-    checks = (_names, _references, _task_sources, _splits, _lengths, _idle_keys, _arithmetic, _fp8_layers)
+    checks = (
+        _names, _references, _task_sources, _splits, _lengths, _idle_keys, _arithmetic, _curricula, _fp8_layers
+    )  # fmt: skip
     return [problem for check in checks for problem in check(recipe)]
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What a recipe that is accepted means, where it is easy to miss; `drover validate` prints it."""
+    return [
+        f"{stage.name}: {band_in_words(stage.group_size, stage.curriculum.band)}"
+        for stage in recipe.stages
+        if isinstance(stage, OnlineRlStage)
+    ]
 
 
 def origin(recipe: Recipe, reference: str) -> BootstrapStage | str:
@@ -95,7 +112,7 @@ def _references(recipe: Recipe) -> Iterator[str]:
         later = {other.name for other in recipe.stages[index:]} - earlier.keys()
         for key, value, must_be_a_stage in stage_references(stage):
             where = f"stages.{stage.name}.{key}"
-            need = key if key in ("examples", "rollouts") else "checkpoint"
+            need = NEEDS.get(key, "checkpoint")
             givers = [name for name, other in earlier.items() if need in GIVES[other.kind]]
             if value in earlier:
                 if value not in givers:
@@ -329,6 +346,49 @@ def _stage_arithmetic(stage: AnyStage) -> Iterator[tuple[str, str]]:
             yield "sync_every_steps", problem
     if isinstance(stage, BootstrapStage):
         yield from _bootstrap_shape(stage)
+
+
+def _curricula(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        if isinstance(stage, OnlineRlStage):
+            for key, problem in (*_parts_of_curriculum(stage.curriculum), *_curriculum_numbers(stage)):
+                yield f"stages.{stage.name}.curriculum.{key}: {problem}"
+
+
+def _parts_of_curriculum(curriculum: CurriculumSettings) -> Iterator[tuple[str, str]]:
+    for key, name, known in (("sampler", curriculum.sampler, SAMPLERS), ("gate", curriculum.gate, GATES)):
+        if ":" in name:
+            if problem := own_class.problem(name):
+                yield key, f"{problem}."
+        elif name not in known:
+            yield key, f"{name!r} is none of {', '.join(known)}, nor module:Class.{nearest(name, known)}"
+
+
+def _curriculum_numbers(stage: OnlineRlStage) -> Iterator[tuple[str, str]]:
+    curriculum = stage.curriculum
+    try:
+        low, high = reachable_band(stage.group_size, curriculum.band)
+    except ValueError as error:
+        yield "band", f"{error}."
+        return
+    if curriculum.retire_above is not None and curriculum.retire_above <= high:
+        problem = f"{curriculum.retire_above} would retire what the band, up to {high:g}, aims at; raise it, or null."
+        yield "retire_above", problem
+    if curriculum.park_below is not None and curriculum.park_below >= low:
+        problem = f"{curriculum.park_below} would park what the band, from {low:g}, aims at; lower it, or null."
+        yield "park_below", problem
+    sets_aside = curriculum.retire_above is not None or curriculum.park_below is not None
+    if sets_aside and curriculum.explore_share == 0.0 and curriculum.sampler != "uniform":
+        problem = "0 leaves no room to re-test what is retired or parked; raise it, or set retire_above and park_below "
+        yield "explore_share", problem + "to null."
+    if curriculum.gate == "speed" and curriculum.screen >= stage.group_size:
+        yield "screen", f"{curriculum.screen} of group_size {stage.group_size} leaves nothing to go on with; lower it."
+    if curriculum.allocator == "knapsack" and curriculum.largest_group < stage.group_size:
+        yield "largest_group", f"{curriculum.largest_group} is less than group_size, which is {stage.group_size}."
+    domains = len(stage.tasks.domains) if isinstance(stage.tasks, GeneratedTasks) else 1
+    if curriculum.domain_floor * domains > 1.0:
+        problem = f"{curriculum.domain_floor} for each of {domains} domains is more than there is; write at most "
+        yield "domain_floor", f"{problem}{1 / domains:g}."
 
 
 def _bootstrap_shape(stage: BootstrapStage) -> Iterator[tuple[str, str]]:

@@ -30,8 +30,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from pipeline import own_class
 from pipeline.code_version import ROOT, code_version
-from pipeline.config import AnyStage, DatasetTasks, EvaluateStage, JudgeFilterStage, Recipe, stage_references
+from pipeline.config import (
+    AnyStage,
+    DatasetTasks,
+    EvaluateStage,
+    JudgeFilterStage,
+    OnlineRlStage,
+    Recipe,
+    stage_references,
+)
 from pipeline.progress import LiveView
 from pipeline.run_dir import MANIFEST, Manifest, RunDir, explain_disk_full, is_disk_full
 from pipeline.stage import (
@@ -192,11 +201,16 @@ def _input_names(stage: AnyStage, recipe: Recipe) -> list[str]:
 
 
 def _external_references(stage: AnyStage, recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """(key, value) of everything a stage reads that no stage of the recipe makes: checkpoints and data files."""
+    """(key, value) of everything a stage reads that no stage of the recipe makes: checkpoints, data files and classes
+    of the user's own."""
     inputs = _input_names(stage, recipe)
     yield from ((key, value) for key, value, _ in stage_references(stage) if value not in inputs)
     if isinstance(stage, JudgeFilterStage):
         yield "judge.model", stage.judge.model
+    if isinstance(stage, OnlineRlStage):
+        for key, name in (("sampler", stage.curriculum.sampler), ("gate", stage.curriculum.gate)):
+            if source := own_class.source_of(name):
+                yield f"curriculum.{key}", str(source)
     for key, value in stage:
         if isinstance(value, DatasetTasks):
             yield f"{key}.dataset", value.dataset

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from model.deadline import call_within
-from pipeline.config import Recipe
+from pipeline import own_class
+from pipeline.config import OnlineRlStage, Recipe
 from pipeline.recipe import PATH_KEYS, load, resolved_yaml
 from pipeline.stage import InfrastructureError, RecipeError
 
@@ -117,7 +118,17 @@ def _named_paths(recipe: Recipe) -> set[str]:
             if not os.path.isabs(value) and os.path.exists(value):
                 yield value
 
-    return set(walk(recipe.model_dump(mode="json")["stages"]))
+    return set(walk(recipe.model_dump(mode="json")["stages"])) | set(_own_sources(recipe))
+
+
+def _own_sources(recipe: Recipe) -> Iterator[str]:
+    """Sources of the user's own classes that lie below the current directory; others are installed on the cluster."""
+    for stage in recipe.stages:
+        curriculum = stage.curriculum if isinstance(stage, OnlineRlStage) else None
+        for name in (curriculum.sampler, curriculum.gate) if curriculum else ():
+            source = own_class.source_of(name)
+            if source and source.is_relative_to(Path.cwd()):
+                yield str(source.relative_to(Path.cwd()))
 
 
 def _files_below(path: Path) -> list[Path]:

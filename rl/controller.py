@@ -1,13 +1,14 @@
 """The asynchronous protocol of stage 2, as a pure state machine: events in, commands out. No clock, no I/O, no torch.
 
-    Begin ───────────┐                        ┌─▶ Lease(slot, generator)   sample and grade one group
+    Begin ───────────┐                        ┌─▶ Lease(slot, generator)   sample and grade one group, or a part of it
     GroupReady/Lost ─┤                        ├─▶ Accept(slot, attempt)    this answer to the lease counts
-    StepDone ────────┤                        ├─▶ Train(step, slots)       one optimiser step
-    Saved ───────────┼─▶    Controller    ────┼─▶ Save(version)            make everything up to here durable
-    SyncDone/Failed ─┤                        ├─▶ Sync(generator, version) those weights onto that generator
-    GeneratorDied ───┤                        ├─▶ Restart(generator)       a new engine in its place
-    GeneratorUp ─────┤                        ├─▶ Drop(version)            nobody needs its published file any more
-    Resync ──────────┘                        └─▶ Finish
+    PartReady ───────┤                        ├─▶ Train(step, slots)       one optimiser step
+    StepDone ────────┤                        ├─▶ Save(version)            make everything up to here durable
+    Saved ───────────┼─▶    Controller    ────┼─▶ Sync(generator, version) those weights onto that generator
+    SyncDone/Failed ─┤                        ├─▶ Restart(generator)       a new engine in its place
+    GeneratorDied ───┤                        ├─▶ Drop(version)            nobody needs its published file any more
+    GeneratorUp ─────┤                        └─▶ Finish
+    Resync ──────────┘
 
 Slots are numbered 0, 1, 2, … and consumed in that order, B to a step: slot n is trained by step n // B, when the
 learner is at version n // B. Every token of a group is at least as new as its generator was when the group was leased,
@@ -23,6 +24,13 @@ syncs. A slot of step s waits for version s - η at most, and the learner waits 
 at most B·(η + 1) groups are in flight or finished and waiting. The newest synced version is at least v - (k - 1) while
 the learner is at v; progress therefore needs η >= k - 1. η = 0 is the synchronous loop.
 
+**Groups in parts.** A lease may end with a part: some answers are there, and the slot needs another lease, for more
+answers to its task or for another task where these carry no signal. Which of the two, and what task, is the loop's to
+know; here a slot keeps its number, its step and with it its bound: what a part holds was admitted by the lease that
+gave it. At most `max_parts` a slot; then it has to be ready, whatever it holds. Without staleness parts come in waves:
+the next one begins when nothing is in flight any more, so that which sequences are sampled together depends on what was
+sampled, not on which of it ended first.
+
 **A generator's life.** Only `HEALTHY` ones are leased to. Whoever starts, or starts again, is `STALE`: it holds weights
 that this run never gave it.
 
@@ -31,13 +39,13 @@ that this run never gave it.
 
 A group with tokens of weights that are not proved yet waits for the proof.
 
-**What ends each wait.** A lease: GroupReady, GroupLost or the death of its generator; lost ones are leased again, at
-most `max_attempts` times. A step: StepDone. A save: Saved. A sync: SyncDone, SyncFailed (tried again, then a death) or
-a death. A restart: GeneratorUp or a death; after `max_restarts` the generator is retired, and without any the run ends.
-The run: Finish, when the last step is done and saved and no sync is under way. `rl/loop.py` puts a deadline on every
-command and turns a missed one into the event that ends the wait. Each lease, sync and restart carries the group's
-attempt, the sync's number or the generator's incarnation: an answer to an older one is counted in `late` and otherwise
-ignored.
+**What ends each wait.** A lease: GroupReady, PartReady, GroupLost or the death of its generator; lost ones are leased
+again, at most `max_attempts` times in a row. The next wave: the last lease in flight. A step: StepDone. A save: Saved.
+A sync: SyncDone, SyncFailed (tried again, then a death) or a death. A restart: GeneratorUp or a death; after
+`max_restarts` the generator is retired, and without any the run ends. The run: Finish, when the last step is done and
+saved and no sync is under way. `rl/loop.py` puts a deadline on every command and turns a missed one into the event that
+ends the wait. Each lease, sync and restart carries the group's attempt, the sync's number or the generator's
+incarnation: an answer to an older one is counted in `late` and otherwise ignored.
 """
 
 from __future__ import annotations
@@ -73,6 +81,16 @@ class GroupReady:
     slot: int
     attempt: int
     oldest: int  # version of its oldest token
+    newest: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartReady:
+    """Some answers are there, and the slot needs another lease."""
+
+    slot: int
+    attempt: int
+    oldest: int  # version of the oldest token of this part
     newest: int
 
 
@@ -132,7 +150,8 @@ class Resync:
     reason: str
 
 
-Event = Begin | GroupReady | GroupLost | StepDone | Saved | SyncDone | SyncFailed | GeneratorDied | GeneratorUp | Resync
+Answered = GroupReady | PartReady
+Event = Begin | Answered | GroupLost | StepDone | Saved | SyncDone | SyncFailed | GeneratorDied | GeneratorUp | Resync
 
 # --- commands -----------------------------------------------------------------------------------------------------
 
@@ -147,7 +166,8 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class Accept:
-    """Keep the group that came with this attempt. One without it was given up meanwhile, and is not to be used."""
+    """Keep the group or part that came with this attempt. One without it was given up meanwhile, and is not to be
+    used."""
 
     slot: int
     attempt: int
@@ -269,7 +289,7 @@ class GeneratorState:
     must_sync: bool = False  # the newest weights once more, whatever it holds
     failed_syncs: int = 0  # in a row
     leases: set[int] = field(default_factory=set)  # slots
-    unproved: list[GroupReady] = field(default_factory=list)  # with tokens of the version it is just being given
+    unproved: list[Answered] = field(default_factory=list)  # with tokens of the version it is just being given
 
     @property
     def alive(self) -> bool:
@@ -282,6 +302,7 @@ class Controller:
     num_steps: int
     num_generators: int = 1
     save_every: int = 0  # steps; 0: only after the last
+    max_parts: int = 0  # a slot's, before it is ready
     max_attempts: int = 5
     max_restarts: int = 3
     max_failed_syncs: int = 2
@@ -294,7 +315,10 @@ class Controller:
         self.ready: set[int] = set(self.resumed.ready)
         first = self.bounds.slots_of(self.learner_version).start
         self.waiting = sorted(set(range(first, self.next_slot)) - self.ready)  # to be leased again, before any new one
+        self.unfinished: list[int] = []  # slots with a part, that wait for the next wave
         self.attempts: dict[int, int] = {}  # slots not trained yet → leases so far
+        self.losses: dict[int, int] = {}  # slots not trained yet → leases lost since its last part
+        self.parts: Counter[int] = Counter()  # of slots not trained yet
         self._leased_at: dict[int, int] = {}  # slots not trained yet → version of the generator at the last lease
         self.lost: Counter[str] = Counter(dict(self.resumed.lost))
         self.late: Counter[str] = Counter()  # replies to what was given up meanwhile
@@ -316,8 +340,8 @@ class Controller:
                 self.begun = True
                 self.digests[self.learner_version] = digest
                 return self._advance()
-            case GroupReady():
-                return self._on_ready(event)
+            case GroupReady() | PartReady():
+                return self._on_answered(event)
             case GroupLost(slot, attempt, reason):
                 return self._on_lost(slot, attempt, reason)
             case StepDone(version, digest):
@@ -344,7 +368,7 @@ class Controller:
 
     # --- groups ------------------------------------------------------------------------------------------------------
 
-    def _on_ready(self, event: GroupReady) -> list[Command]:
+    def _on_answered(self, event: Answered) -> list[Command]:
         holder = self._holder(event.slot, event.attempt)
         if holder is None:
             self.late["group"] += 1
@@ -359,7 +383,13 @@ class Controller:
             holder.unproved.append(event)
             return []
         holder.leases.discard(event.slot)
-        self.ready.add(event.slot)
+        self.losses.pop(event.slot, None)
+        if isinstance(event, GroupReady):
+            self.ready.add(event.slot)
+        else:
+            self.parts[event.slot] += 1
+            self._expect(self.parts[event.slot] <= self.max_parts, event)
+            self.unfinished.append(event.slot)
         return [Accept(event.slot, event.attempt), *self._advance()]
 
     def _on_lost(self, slot: int, attempt: int, reason: str) -> list[Command]:
@@ -378,8 +408,9 @@ class Controller:
 
     def _lease_again(self, slot: int, reason: str) -> None:
         self.lost[reason] += 1
-        if self.attempts[slot] >= self.max_attempts:
-            raise LeaseExhausted(f"group {slot} was lost {self.attempts[slot]} times, last: {reason}")
+        self.losses[slot] = self.losses.get(slot, 0) + 1
+        if self.losses[slot] >= self.max_attempts:
+            raise LeaseExhausted(f"group {slot} was lost {self.losses[slot]} times, last: {reason}")
         self.waiting = sorted([*self.waiting, slot])
 
     # --- generators --------------------------------------------------------------------------------------------------
@@ -402,7 +433,7 @@ class Controller:
         generator.syncing, generator.must_sync, generator.failed_syncs = None, False, 0
         generator.version, generator.health = sync.version, Health.HEALTHY
         proved, generator.unproved = generator.unproved, []
-        return [command for group in proved for command in self._on_ready(group)] + self._advance()
+        return [command for answered in proved for command in self._on_answered(answered)] + self._advance()
 
     def _prove(self, event: SyncDone) -> None:
         published = self.digests[event.sync.version]
@@ -474,6 +505,8 @@ class Controller:
         return generator.version < due
 
     def _leases(self) -> Iterable[Command]:
+        if self._begins_wave():
+            self.waiting, self.unfinished = sorted(self.waiting + self.unfinished), []
         while not self.resyncing:
             slot = self.waiting[0] if self.waiting else self.next_slot
             index = self._generator_for(slot)
@@ -488,6 +521,9 @@ class Controller:
             self.attempts[slot] = self.attempts.get(slot, 0) + 1
             self._leased_at[slot] = generator.version
             yield Lease(slot, self.attempts[slot], index, generator.incarnation)
+
+    def _begins_wave(self) -> bool:
+        return self.bounds.max_staleness > 0 or not self.in_flight
 
     def _generator_for(self, slot: int) -> int | None:
         """The least busy one that may have it. None takes more than its share: the first one to be synced would
@@ -512,8 +548,8 @@ class Controller:
         if not busy and step < self.num_steps and self.ready.issuperset(slots):
             self.ready.difference_update(slots)
             for slot in slots:
-                self.attempts.pop(slot, None)
-                self._leased_at.pop(slot, None)
+                for of_slot in (self.attempts, self.losses, self.parts, self._leased_at):
+                    of_slot.pop(slot, None)
             self.stepping = True
             yield Train(step, tuple(slots))
 

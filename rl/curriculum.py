@@ -1,103 +1,247 @@
-"""Which task comes next.
+"""Which tasks a step samples, how many answers each gets, and what is learnt from them. No torch, ray or vllm.
 
-Difficulty is measured, not declared: each cell — a (domain, level), or a prompt of a fixed data set — carries a Beta
-posterior of the current policy's pass rate. Old evidence decays with the policy version that gave it. A cell is chosen
-by Thompson sampling: draw a pass rate from every posterior of a domain, take the cell whose draw lies nearest the band.
-Domains take turns, so none starves. No torch, ray or vllm.
+    plan(slots) ──▶ for every slot its tasks in turn: the first, and those for where a group has no signal
+                      rl/domain_mix.py   whose turn it is: domains interleaved, none below its floor of trained tokens
+                      rl/difficulty.py   posteriors and states of the pool
+                      rl/samplers.py     which entries
+                      rl/allocation.py   how many answers
+    first, verdict ──▶ rl/gates.py       a few answers or all, and what becomes of a group
+    learn(outcomes) ──▶ posteriors, states (their changes), floors, gate
+
+**What is planned for a step depends on the steps before it alone.** A step is planned once, as a whole, from what was
+known when the learner was at the version for which it is planned, with random numbers keyed by (seed, its first slot,
+domain). All tasks that a slot may come to are drawn with it, so a slot whose group carries no signal asks for its next
+one whenever that turns out, and the choice is the same in whatever order groups end. What groups teach is learnt when
+their step is taken, in the order of slots.
+
+Exploration: a share of all choices is not the sampler's. Entries due for a re-test come first in it, then others at
+random.
 """
 
 from __future__ import annotations
 
-import random
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
-PRIOR = 1.0  # Beta(1, 1): any pass rate is as likely as any other
+import numpy as np
+
+from rl.allocation import allocate
+from rl.difficulty import (
+    ACTIVE,
+    PRIOR,
+    STATES,
+    Difficulty,
+    DifficultyRules,
+    Entries,
+    Floats,
+    Ids,
+    Observation,
+    StateChange,
+)
+from rl.domain_mix import DomainMix
+from rl.gates import Choice, Dapo, Gate, Open, Outcome, Speed, Verdict
+from rl.samplers import Candidates, Pools, Sampler, Thompson, Uniform
+
+SAMPLERS: dict[str, Callable[[CurriculumRules], Sampler]] = {
+    "uniform": lambda rules: Uniform(),
+    "pools": lambda rules: Pools(rules.band),
+    "thompson": lambda rules: Thompson(rules.band),
+}
+GATES: dict[str, Callable[[CurriculumRules], Gate]] = {
+    "none": lambda rules: Open(),
+    "dapo": lambda rules: Dapo(),
+    "speed": lambda rules: Speed(rules.screen, rules.rare_answers),
+}
+SMALLEST_GROUP = 2  # fewer answers cannot differ
+LENGTH_MEMORY = 0.9  # of the mean length of a domain's answers, per step
 
 
-@dataclass
-class Posterior:
-    """Beta posterior of a pass rate whose evidence fades: α ← 1 + decay^Δversion·(α - 1) + passes, β likewise."""
-
-    alpha: float = PRIOR
-    beta: float = PRIOR
-    version: int = 0  # of the last observation
-
-    def observe(self, passes: float, total: int, version: int, decay: float) -> None:
-        kept = decay ** max(0, version - self.version)
-        self.alpha = PRIOR + kept * (self.alpha - PRIOR) + passes
-        self.beta = PRIOR + kept * (self.beta - PRIOR) + total - passes
-        self.version = max(self.version, version)
-
-    @property
-    def mean(self) -> float:
-        return self.alpha / (self.alpha + self.beta)
+@dataclass(frozen=True, kw_only=True)
+class CurriculumRules:
+    band: tuple[float, float]  # pass rates aimed at, such as a group can have: `rl/band.py`
+    group_size: int
+    explore_share: float
+    max_resamples: int  # tasks that may take the place of a slot's first, where the gate replaces
+    allocator: Literal["fixed", "knapsack"]
+    largest_group: int  # of the knapsack
+    screen: int  # answers; of gate speed
+    rare_answers: float  # of gate speed
+    domain_floor: float
+    difficulty: DifficultyRules
 
 
 class Curriculum:
-    """Chooses cells and learns from how their groups went.
+    """Of one run. Steps are planned in order, and taken in order."""
 
-    `cells` maps a cell's name to its domain. `kind` "uniform" ignores the posteriors (the control arm);
-    "thompson" aims at `band`, and draws uniformly all the same with probability `explore_share`.
-    """
+    def __init__(self, entries: Entries, rules: CurriculumRules, sampler: Sampler, gate: Gate, seed: int) -> None:
+        self.entries, self.rules, self.sampler, self.gate, self.seed = entries, rules, sampler, gate, seed
+        self.difficulty = Difficulty(entries, rules.difficulty)
+        self.mix = DomainMix(entries.domains, rules.domain_floor)
+        self.sampled: Counter[str] = Counter()  # entry → groups begun with it
+        self.answer_tokens: dict[str, float] = {}  # domain → mean length of its answers of late
+        self._ids_of = [np.nonzero(entries.domain == domain)[0] for domain in range(len(entries.domains))]
+        self._open = np.zeros(len(entries), np.int32)  # choices that are planned and not yet learnt from
 
-    def __init__(
-        self,
-        cells: Mapping[str, str],
-        *,
-        kind: str,
-        band: tuple[float, float],
-        decay: float,
-        explore_share: float,
-        seed: int,
-    ) -> None:
-        self.kind, self.band, self.decay, self.explore_share = kind, band, decay, explore_share
-        self.posteriors = {cell: Posterior() for cell in cells}
-        self.cells_of: dict[str, list[str]] = {}
-        for cell, domain in cells.items():
-            self.cells_of.setdefault(domain, []).append(cell)
-        self.sampled: Counter[str] = Counter()
-        self._turn = 0
-        self._rng = random.Random(f"curriculum/{seed}")
+    @property
+    def turns(self) -> int:
+        """Tasks that a slot may come to, one after the other."""
+        return 1 + (self.rules.max_resamples if self.gate.replaces else 0)
 
-    def choose(self) -> str:
-        """The next cell."""
-        domains = list(self.cells_of)
-        cells = self.cells_of[domains[self._turn % len(domains)]]
-        self._turn += 1
-        if self.kind == "uniform" or self._rng.random() < self.explore_share:
-            cell = self._rng.choice(cells)
+    @property
+    def max_parts(self) -> int:
+        """Leases after which a slot needs another one, at most: each task has its first few answers and the rest."""
+        return 2 * self.turns - 1
+
+    # --- before sampling ---------------------------------------------------------------------------------------------
+
+    def plan(self, slots: range) -> list[list[Choice]]:
+        """For each slot of one step, the choices of its turns."""
+        domains = self.mix.assign(len(slots))
+        chosen = np.zeros((self.turns, len(slots)), np.int64)
+        for number, domain in enumerate(self.entries.domains):
+            places = [place for place, turn in enumerate(domains) if turn == domain]
+            rng = np.random.default_rng([self.seed, slots.start, number])
+            chosen[:, places] = self._choose(number, self.turns * len(places), rng).reshape(self.turns, len(places))
+        np.add.at(self._open, chosen.reshape(-1), 1)
+        turns = [self._sized(ids) for ids in chosen]
+        return [[turn[place] for turn in turns] for place in range(len(slots))]
+
+    def _choose(self, domain: int, count: int, rng: np.random.Generator) -> Ids:
+        """Entries for `count` places of one domain, in their order."""
+        explores = rng.random(count) < self.rules.explore_share
+        others = self._candidates(domain, count)
+        due = self.difficulty.due_now(self._ids_of[domain])
+        due = due[self._open[due] == 0][: int(explores.sum())]
+        found = [*due, *self._at_random(others, int(explores.sum()) - len(due), rng)]
+        if not self.entries.endless:  # not twice in a step, as long as there are others
+            rest = others[~np.isin(others, found)]
+            others = rest if len(rest) else others
+        chosen = np.zeros(count, np.int64)
+        chosen[explores] = found
+        chosen[~explores] = others[self.sampler.choose(self._known(others), int((~explores).sum()), rng)]
+        return chosen
+
+    def _candidates(self, domain: int, count: int) -> Ids:
+        """What the sampler may choose from: neither retired nor parked, nor, of prompts, on its way already. Where that
+        is too little, what is on its way; where there is nothing, everything."""
+        ids = self._ids_of[domain]
+        able = ids[self.difficulty.state[ids] <= ACTIVE]
+        idle = able[self._open[able] == 0]
+        if not self.entries.endless and len(idle) >= count:
+            return idle
+        return able if len(able) else ids
+
+    def _at_random(self, ids: Ids, count: int, rng: np.random.Generator) -> Ids:
+        return rng.choice(ids, count, replace=self.entries.endless or count > len(ids))
+
+    def _known(self, ids: Ids) -> Candidates:
+        alpha, beta = self.difficulty.posterior(ids)
+        tried = self.difficulty.tried[ids].astype(np.int64)
+        return Candidates(ids=ids, alpha=alpha, beta=beta, tried=tried, endless=self.entries.endless)
+
+    def _sized(self, ids: Ids) -> list[Choice]:
+        """The choices of one turn, which share one budget."""
+        alpha, beta = self.difficulty.posterior(ids)
+        sizes = [self.rules.group_size] * len(ids)
+        if self.rules.allocator == "knapsack":
+            sizes = self._allocated(ids, alpha, beta)
+        return [
+            Choice(entry=self.entries.names[i], size=size, known=float(a + b - 2.0), expected=float(a / (a + b)))
+            for i, size, a, b in zip(ids, sizes, alpha, beta)
+        ]
+
+    def _allocated(self, ids: Ids, alpha: Floats, beta: Floats) -> list[int]:
+        """As many tokens as groups of equal size would cost, by what answers of each domain cost of late."""
+        mean = sum(self.answer_tokens.values()) / len(self.answer_tokens) if self.answer_tokens else 1.0
+        domains = [self.entries.domains[self.entries.domain[i]] for i in ids]
+        costs = [self.answer_tokens.get(domain, mean) for domain in domains]
+        return allocate(
+            list(zip(alpha.tolist(), beta.tolist())), budget=self.rules.group_size * sum(costs),
+            smallest=SMALLEST_GROUP, largest=self.rules.largest_group, costs=costs,
+        )  # fmt: skip
+
+    # --- while sampling: nothing changes -----------------------------------------------------------------------------
+
+    def wanted(self, choice: Choice, have: int) -> int:
+        """How many answers to sample next: the gate's first few, then the rest of the group."""
+        return (self.gate.first(choice) if have == 0 else choice.size) - have
+
+    def verdict(self, choice: Choice, scores: Sequence[float | None]) -> Verdict:
+        verdict = self.gate.verdict(choice, scores)
+        if verdict == "more" and len(scores) >= choice.size:
+            raise RuntimeError(f"{type(self.gate).__name__} asks for more than the {choice.size} answers of a group")
+        return verdict
+
+    # --- after the step ----------------------------------------------------------------------------------------------
+
+    def learn(self, version: int, outcomes: Sequence[Outcome], planned: Iterable[Choice]) -> list[StateChange]:
+        """The learner is at `version`: what became of the groups of its last step, in the order of slots and turns.
+        `planned`: all choices of that step's slots, those that nobody came to included."""
+        np.subtract.at(self._open, [self.entries.id_of[choice.entry] for choice in planned], 1)
+        trained: Counter[str] = Counter()
+        lengths: dict[str, list[float]] = {}
+        for outcome in outcomes:
+            domain = self.domain_of(outcome.choice.entry)
+            trained[domain] += outcome.trained_tokens
+            lengths.setdefault(domain, []).append(outcome.tokens / outcome.answers)
+            self.sampled[outcome.choice.entry] += 1
+        for domain, seen in lengths.items():
+            now = sum(seen) / len(seen)
+            self.answer_tokens[domain] = now + LENGTH_MEMORY * (self.answer_tokens.get(domain, now) - now)
+        self.mix.learn(trained)
+        self.gate.learn(outcomes)
+        seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in outcomes]
+        return self.difficulty.learn(version, seen_now)
+
+    def domain_of(self, entry: str) -> str:
+        return self.entries.domains[self.entries.domain[self.entries.id_of[entry]]]
+
+    def metrics(self) -> dict[str, Any]:
+        """Of a step's row."""
+        parts = {"sampler": self.sampler.metrics(), "gate": self.gate.metrics()}
+        shares = {domain: round(share, 4) for domain, share in self.mix.shares().items()}
+        return {f"{part}/{name}": value for part, metrics in parts.items() for name, value in metrics.items()} | {
+            "states": self.difficulty.counts(), "trained_shares": shares
+        }  # fmt: skip
+
+    def rows(self, asked: Iterable[str]) -> Iterator[dict[str, Any]]:
+        """What is known of every cell that was tried, and, where entries are prompts, of those that were asked."""
+        if self.entries.endless:
+            (ids,) = np.nonzero(self.difficulty.tried)
         else:
-            cell = min(cells, key=self._drawn_distance)
-        self.sampled[cell] += 1
-        return cell
+            ids = np.array([self.entries.id_of[name] for name in asked], np.int64)
+            passes, fails = self.difficulty.cell_evidence()
+            sampled = np.bincount(self.entries.cell, self.difficulty.tried, len(self.entries.cells))
+            for cell in np.nonzero(sampled)[0]:
+                domain, level = self.entries.cells[cell]
+                name = f"{domain}/{level}"
+                yield self._row(name, cell, sampled[cell], PRIOR + passes[cell], PRIOR + fails[cell])
+        for i, alpha, beta in zip(ids, *self.difficulty.posterior(ids)):
+            row = self._row(self.entries.names[i], self.entries.cell[i], self.difficulty.tried[i], alpha, beta)
+            yield row | {"state": STATES[self.difficulty.state[i]]}
 
-    def observe(self, cell: str, passes: float, total: int, version: int) -> None:
-        """`passes` of `total` answers of one group were right, sampled at `version`."""
-        self.posteriors[cell].observe(passes, total, version, self.decay)
+    def _row(self, name: str, cell: int, sampled: float, alpha: float, beta: float) -> dict[str, Any]:
+        domain, level = self.entries.cells[cell]
+        return {"cell": name, "domain": domain, "level": level, "sampled": int(sampled),
+                "alpha": round(float(alpha), 3), "beta": round(float(beta), 3)}  # fmt: skip
+
+    # --- to disk and back --------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """All that `restore` needs to draw on as if nothing had happened; JSON."""
-        version, numbers, gauss = self._rng.getstate()
+        """All that `restore` needs to go on as if nothing had happened; JSON."""
         return {
-            "posteriors": {cell: asdict(one) for cell, one in self.posteriors.items() if one != Posterior()},
-            "sampled": dict(self.sampled),
-            "turn": self._turn,
-            "rng": [version, list(numbers), gauss],
-        }
+            "difficulty": self.difficulty.to_json(), "mix": self.mix.state(), "sampler": self.sampler.state(),
+            "gate": self.gate.state(), "sampled": dict(self.sampled), "answer_tokens": dict(self.answer_tokens),
+            "open": {self.entries.names[i]: int(self._open[i]) for i in np.nonzero(self._open)[0]},
+        }  # fmt: skip
 
-    def restore(self, state: dict[str, Any]) -> None:
-        for cell, numbers in state["posteriors"].items():
-            self.posteriors[cell] = Posterior(**numbers)
-        self.sampled, self._turn = Counter(state["sampled"]), state["turn"]
-        version, numbers, gauss = state["rng"]
-        self._rng.setstate((version, tuple(numbers), gauss))
-
-    def _drawn_distance(self, cell: str) -> tuple[float, float]:
-        """Distance of one posterior draw from the band; a second number breaks ties within it at random."""
-        posterior = self.posteriors[cell]
-        rate = self._rng.betavariate(posterior.alpha, posterior.beta)
-        low, high = self.band
-        return max(low - rate, rate - high, 0.0), self._rng.random()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.difficulty.restore(state["difficulty"])
+        self.mix.restore(state["mix"])
+        self.sampler.restore(state["sampler"])
+        self.gate.restore(state["gate"])
+        self.sampled, self.answer_tokens = Counter(state["sampled"]), dict(state["answer_tokens"])
+        for entry, count in state["open"].items():
+            self._open[self.entries.id_of[entry]] = count

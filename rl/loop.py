@@ -1,7 +1,8 @@
 """Carries out the controller's commands with asyncio: owns every task, every deadline, and the shutdown.
 
-    Lease   ─▶ generator.sample ─▶ grade (threads) ─▶ GroupReady, or GroupLost where nothing could be graded
-    Accept  ─▶ the group is kept
+    Lease   ─▶ generator.sample ─▶ grade (threads) ─▶ the gate's verdict ─▶ GroupReady, or PartReady where the slot
+               needs more answers or another task, or GroupLost where nothing could be graded
+    Accept  ─▶ the group or part is kept
     Train   ─▶ learner.step (publishes its weights) ─▶ StepDone
     Save    ─▶ learner, curriculum, ready groups and the controller's state to disk (`rl/run_state.py`) ─▶ Saved
     Sync    ─▶ generator.take_weights ─▶ SyncDone with the digest read back, or SyncFailed
@@ -13,8 +14,8 @@ that fails in any other way ends the run with its own error, and all others are 
 on the event loop.
 
 What is drawn for a step depends on the steps before it alone, not on which group happened to end first: the curriculum
-learns from a step's groups when the step is taken, in the order of their slots, and the tasks of step s are drawn, in
-that order too, from what it knows at version s - max_staleness.
+learns from a step's groups when the step is taken, in the order of their slots, those that were discarded included, and
+all tasks of step s, those in reserve included, are planned from what it knows at version s - max_staleness.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -34,8 +37,10 @@ from rewards.task import Score, Task, Ungraded
 from rl import controller as protocol
 from rl.clocks import IdleClock, Timings
 from rl.curriculum import Curriculum
+from rl.gates import Outcome, Verdict, has_signal
 from rl.health import Finding, HealthMonitor, is_looping
 from rl.losses import Advantage, group_advantages, overlong_penalty
+from rl.places import Part, Place
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import (
     Generator,
@@ -60,14 +65,9 @@ class GradientNotFinite(HealthStop):
     """The gradient is infinite or not a number; the step was not taken."""
 
 
-class NothingGraded(RuntimeError):
-    """Not one answer of a step could be checked."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class LoopSettings:
     groups_per_step: int
-    group_size: int
     num_steps: int
     max_staleness: int
     max_answer_tokens: int
@@ -87,7 +87,7 @@ class LoopSettings:
 class TaskPool:
     """How the loop gets tasks and words; handed in, so that the loop knows neither data sets nor tokenizers."""
 
-    task_of: Callable[[str, int], Task]  # (curriculum cell, slot) → task
+    task_of: Callable[[str, int, int], Task]  # (curriculum entry, slot, turn) → task, the same for the same
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], str]
     grade: Callable[[Task, str], Score | Ungraded]
@@ -99,21 +99,14 @@ class StepRecord:
 
     step: int
     metrics: dict[str, Any]
-    groups: Sequence[RolloutGroup]
+    groups: Sequence[RolloutGroup]  # trained on
+    discarded: Sequence[RolloutGroup]  # sampled for the step's slots and not trained on
+    outcomes: Sequence[Outcome]  # of all of these, in the order of slots
     curriculum: Curriculum
 
 
 LAG_PROBE_S = 0.2
 Work = Callable[[], Awaitable[protocol.Event]]
-
-
-@dataclass
-class Choice:
-    """What a slot asks for. A group that is leased again keeps it."""
-
-    cell: str  # of the curriculum
-    task: Task
-    prompt_ids: list[int]
 
 
 class AsyncLoop:
@@ -139,11 +132,11 @@ class AsyncLoop:
         self.states, self.health = states, health
         self.on_step, self.on_lost, self.on_event = on_step, on_lost, on_event
         self.bounds = protocol.Bounds(settings.groups_per_step, settings.max_staleness, settings.sync_every)
-        self.choices: dict[int, Choice] = {}  # slot → made in their order, before it is needed; gone once trained on
-        self.num_chosen = 0
-        self.answered: dict[tuple[int, int], RolloutGroup] = {}  # slot, attempt → a group on its way to the controller
+        self.places: dict[int, Place] = {}  # slot → planned before it is needed; gone once trained on
+        self.num_planned = 0  # steps
+        # Slot, attempt → what is on its way to the controller.
+        self.answered: dict[tuple[int, int], tuple[Part, Verdict]] = {}
         self.together: dict[tuple[int, int], tuple[str, int]] = {}  # slot, attempt → the batch that it is sampled in
-        self.groups: dict[int, RolloutGroup] = {}  # slot → accepted, not trained on yet
         self.published: dict[int, Published] = {}  # version → what the learner wrote, while its file is there
         self.timings = Timings()
         self.idle = [IdleClock() for _ in generators]
@@ -157,16 +150,15 @@ class AsyncLoop:
         settings = self.settings
         return protocol.Controller(
             self.bounds, settings.num_steps, num_generators=len(self.generators), save_every=settings.save_every,
-            resumed=state,
+            max_parts=self.curriculum.max_parts, resumed=state,
         )  # fmt: skip
 
     async def resume(self, state: RunState, learner_state: str) -> None:
         """Go on from there; before `run`."""
         await self.learner.load_state(learner_state)
         self.curriculum.restore(state.curriculum)
-        self.choices = {slot: self._choice(cell, slot) for slot, cell in state.cells.items()}
-        self.num_chosen = max(self.choices, default=self.bounds.slots_of(state.protocol.version).start - 1) + 1
-        self.groups = {int(group.group_id): group for group in state.groups}
+        self.places = dict(state.places)
+        self.num_planned = state.protocol.version + len(self.places) // self.settings.groups_per_step
         self.generated_tokens, self.trained_tokens = state.generated_tokens, state.trained_tokens
         self.controller = self._controller(state.protocol)
 
@@ -174,7 +166,7 @@ class AsyncLoop:
         """Ends with the protocol's Finish, or with the first error of any task."""
         try:
             first = self.controller.learner_version
-            self._choose_up_to(first + self.bounds.max_staleness)
+            self._plan_up_to(first + self.bounds.max_staleness)
             self.published[first] = published = await self.learner.publish(self._path(first))
             async with asyncio.TaskGroup() as tasks:
                 self._events.put_nowait(protocol.Begin(published.digest))
@@ -210,7 +202,7 @@ class AsyncLoop:
         """What a command needs to know is looked up now: when its task begins to run, more may have happened."""
         match command:
             case protocol.Accept(slot, attempt):
-                self.groups[slot] = self.answered.pop((slot, attempt))
+                self.places[slot].accept(*self.answered.pop((slot, attempt)))
                 return
             case protocol.Drop(version):
                 self._forget(version)
@@ -258,28 +250,27 @@ class AsyncLoop:
 
     # --- Lease ---------------------------------------------------------------------------------------------------
 
-    def _choose_up_to(self, step: int) -> None:
+    def _plan_up_to(self, last: int) -> None:
         """The tasks of all steps up to this one."""
-        slots = self.bounds.slots_of(min(step, self.settings.num_steps - 1))
-        for slot in range(self.num_chosen, slots.stop):
-            self.choices[slot] = self._choice(self.curriculum.choose(), slot)
-        self.num_chosen = max(self.num_chosen, slots.stop)
-
-    def _choice(self, cell: str, slot: int) -> Choice:
-        task = self.pool.task_of(cell, slot)
-        return Choice(cell, task, self.pool.encode(task.prompt))
+        for step in range(self.num_planned, min(last + 1, self.settings.num_steps)):
+            slots = self.bounds.slots_of(step)
+            self.places |= {slot: Place(choices=turns) for slot, turns in zip(slots, self.curriculum.plan(slots))}
+            self.num_planned = step + 1
 
     async def _sample_group(self, lease: protocol.Lease, leased_at: int) -> protocol.Event:
-        """A group whose every answer is ungraded is lost."""
-        slot, choice = lease.slot, self.choices[lease.slot]
+        """A group, or the next part of one. Where every answer is ungraded it is lost."""
+        slot, place = lease.slot, self.places[lease.slot]
+        choice, turn, before = place.choice, place.turn, place.rollouts
+        task = self.pool.task_of(choice.entry, slot, turn)
+        prompt_ids = self.pool.encode(task.prompt)
         request = SampleRequest(
             request_id=f"slot{slot:08}.{lease.attempt}",
-            prompt_ids=choice.prompt_ids,
-            num_samples=self.settings.group_size,
+            prompt_ids=prompt_ids,
+            num_samples=self.curriculum.wanted(choice, len(before)),
             max_tokens=self.settings.max_answer_tokens,
             temperature=self.settings.temperature,
             stop_token_ids=self.settings.stop_token_ids,
-            seed=self._seed(slot),
+            seed=self._seed(slot, turn, len(before)),
             together=self.together.pop((slot, lease.attempt), None),
         )
         with self.idle[lease.generator]:
@@ -289,30 +280,34 @@ class AsyncLoop:
         tokens = sum(len(answer.token_ids) for answer in answers)
         self.generated_tokens += tokens
         self.timings.generated_tokens += tokens
-        group = await self._graded(slot, choice, answers, leased_at)
-        if all(rollout.score is None for rollout in group.rollouts):
-            self.on_lost(group)  # what is dropped can still be read on disk
-            return protocol.GroupLost(slot, lease.attempt, f"ungraded: {group.rollouts[0].reason}")
+        rollouts = await self._graded(f"{slot}.{turn}" if turn else f"{slot}", task, answers)
+        part = Part(task=task, prompt_ids=prompt_ids, rollouts=rollouts, leased_at=leased_at)
+        if all(rollout.score is None for rollout in rollouts):
+            self.on_lost(part.group())  # what is dropped can still be read on disk
+            return protocol.GroupLost(slot, lease.attempt, f"ungraded: {rollouts[0].reason}")
+        verdict = self.curriculum.verdict(choice, [self._shaped(rollout) for rollout in (*before, *rollouts)])
+        self.answered[slot, lease.attempt] = part, verdict
         versions = [version for answer in answers for version in answer.versions]
-        self.answered[slot, lease.attempt] = group
-        return protocol.GroupReady(slot, lease.attempt, min(versions), max(versions))
+        event = protocol.GroupReady if place.settles(verdict) else protocol.PartReady
+        return event(slot, lease.attempt, min(versions), max(versions))
 
-    def _seed(self, slot: int) -> int:
-        """What a group's answers are drawn with, whenever, beside whichever others and on whichever engine. The same
+    def _seed(self, slot: int, turn: int, have: int) -> int:
+        """What a part's answers are drawn with, whenever, beside whichever others and on whichever engine. The same
         when it is leased again, at a newer version too: long answers are lost more often, and another draw in their
         place would be a shorter one."""
-        return int.from_bytes(hashlib.sha256(f"{self.settings.seed}/{slot}".encode()).digest()[:4]) >> 1
+        key = f"{self.settings.seed}/{slot}/{turn}/{have}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) >> 1
 
-    async def _graded(self, slot: int, choice: Choice, answers: list[SampledAnswer], leased_at: int) -> RolloutGroup:
+    async def _graded(self, group_id: str, task: Task, answers: list[SampledAnswer]) -> list[Rollout]:
         texts = [self.pool.decode(answer.token_ids) for answer in answers]
         event_loop = asyncio.get_running_loop()
         verdicts = await asyncio.gather(
-            *(event_loop.run_in_executor(self.graders, self.pool.grade, choice.task, text) for text in texts)
+            *(event_loop.run_in_executor(self.graders, self.pool.grade, task, text) for text in texts)
         )
-        rollouts = [
+        return [
             Rollout(
-                task=choice.task,
-                group_id=str(slot),
+                task=task,
+                group_id=group_id,
                 answer=answer,
                 text=text,
                 reason=verdict.reason,
@@ -320,20 +315,17 @@ class AsyncLoop:
             )
             for answer, text, verdict in zip(answers, texts, verdicts, strict=True)
         ]
-        return RolloutGroup(
-            group_id=str(slot), task=choice.task, prompt_ids=choice.prompt_ids, rollouts=rollouts,
-            leased_at_version=leased_at,
-        )  # fmt: skip
 
     # --- Train ---------------------------------------------------------------------------------------------------
 
     async def _train(self, step: int, slots: tuple[int, ...]) -> protocol.Event:
         """Ended by the learner's report or its deadline."""
         waited = time.perf_counter() - self.timings.last_step_end
-        groups = [self.groups.pop(slot) for slot in slots]
+        places = [self.places.pop(slot) for slot in slots]
         for key in [key for key in self.answered if key[0] in slots]:
-            self.on_lost(self.answered.pop(key))  # came after its generator had been given up
-        batch, zero_signal = self._batch(step, groups)
+            late, _ = self.answered.pop(key)  # came after its generator had been given up
+            self.on_lost(late.group())
+        batch, trained = self._batch(step, [place.group for place in places if place.group])
         report = await self.learner.step(batch, self._path(step + 1))
         assert report.published is not None
         self.published[step + 1] = report.published
@@ -342,28 +334,27 @@ class AsyncLoop:
             raise GradientNotFinite(f"step {step}: gradient norm is {norm}; lower learning_rate or look at the batch")
         if step == 0:
             self.on_event("first_step")
-        for slot, group in zip(slots, groups):
-            scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
-            passes = sum(score >= 1.0 for score in scores)
-            self.curriculum.observe(self.choices.pop(slot).cell, passes, len(scores), group.leased_at_version)
-        self._choose_up_to(step + 1 + self.bounds.max_staleness)
+        outcomes = [one for slot, place in zip(slots, places) for one in _outcomes(slot, place, trained)]
+        planned = [choice for place in places for choice in place.choices]
+        for change in self.curriculum.learn(step + 1, outcomes, planned):
+            self.on_event("task_state", step=step + 1, **asdict(change))
+        self._plan_up_to(step + 1 + self.bounds.max_staleness)
         self.trained_tokens += report.trained_tokens
         for text in report.extras.get("notes", ()):
             self.on_event("note", text=text)
-        self._record(step, groups, report, waited, zero_signal)
+        self._record(step, places, outcomes, report, waited)
         return protocol.StepDone(report.version, report.published.digest)
 
-    def _batch(self, step: int, groups: Sequence[RolloutGroup]) -> tuple[TrainBatch, int]:
-        """The rows of a step, and how many groups carry no signal (all answers scored alike)."""
+    def _batch(self, step: int, groups: Sequence[RolloutGroup]) -> tuple[TrainBatch, dict[str, int]]:
+        """The rows of a step, and each group's tokens that are trained on: of answers with an advantage."""
         rows: list[tuple[RolloutGroup, Rollout, float]] = []
-        zero_signal = 0
+        trained: dict[str, int] = {}
         for group in groups:
             scores = [self._shaped(rollout) for rollout in group.rollouts]
             advantages = group_advantages(scores, self.settings.advantage, self.settings.pass_at_k)
-            zero_signal += not any(advantages)
             rows += [(group, *pair) for pair in zip(group.rollouts, advantages, strict=True)]
-        if all(rollout.score is None for _, rollout, _ in rows):
-            raise NothingGraded(f"step {step}: none of {len(rows)} answers could be graded: {rows[0][1].reason}")
+            lengths = (len(rollout.answer.token_ids) for rollout in group.rollouts)
+            trained[group.group_id] = sum(length for length, advantage in zip(lengths, advantages) if advantage)
         batch = TrainBatch(
             version=step,
             prompt_ids=[group.prompt_ids for group, _, _ in rows],
@@ -373,9 +364,9 @@ class AsyncLoop:
             advantages=[advantage for _, _, advantage in rows],
             routes=[rollout.answer.routes for _, rollout, _ in rows],
         )
-        oldest = min(version for versions in batch.token_versions for version in versions)
+        oldest = min((version for versions in batch.token_versions for version in versions), default=step)
         assert step - oldest <= self.settings.max_staleness, f"step {step} would train on a token of version {oldest}"
-        return batch, zero_signal
+        return batch, trained
 
     def _shaped(self, rollout: Rollout) -> float | None:
         if rollout.score is None:
@@ -387,15 +378,23 @@ class AsyncLoop:
         )
 
     def _record(
-        self, step: int, groups: Sequence[RolloutGroup], report: StepReport, waited: float, zero_signal: int
+        self, step: int, places: Sequence[Place], outcomes: Sequence[Outcome], report: StepReport, waited: float
     ) -> None:
         now = time.perf_counter()
         seconds = now - self.timings.last_step_end
+        kept = [place.group for place in places if place.group]
+        discarded = [group for place in places for group in place.discarded]
+        groups = kept + discarded
         rollouts = [rollout for group in groups for rollout in group.rollouts]
         scores = [rollout.score for rollout in rollouts if rollout.score is not None]
+        without = sum(not one.trained_tokens for one in outcomes if one.kept)
+        without += sum(not has_signal([self._shaped(rollout) for rollout in group.rollouts]) for group in discarded)
         levels: dict[str, list[int]] = {}
         for group in groups:
             levels.setdefault(group.task.domain, []).append(group.task.level)
+        trained: Counter[str] = Counter()
+        for group, outcome in zip(kept, (one for one in outcomes if one.kept), strict=True):
+            trained[group.task.domain] += outcome.trained_tokens
         metrics: dict[str, Any] = report.metrics | {
             "step": step + 1,
             "version": report.version,
@@ -406,25 +405,35 @@ class AsyncLoop:
             "answer_tokens_mean": sum(len(r.answer.token_ids) for r in rollouts) / len(rollouts),
             "truncated_share": sum(r.answer.finish_reason == "length" for r in rollouts) / len(rollouts),
             "ungraded": len(rollouts) - len(scores),
-            "zero_signal_groups": zero_signal,
-            "signal_share": 1 - zero_signal / len(groups),
+            "zero_signal_groups": without,
+            "signal_share": 1 - without / len(groups),
             "repetition_share": sum(is_looping(r.answer.token_ids) for r in rollouts) / len(rollouts),
             "weights_moved": self.published[step + 1].digest != self.published[step].digest,
             "loop_lag_s": self.timings.loop_lag_s,
             "groups": len(groups),
+            "groups_discarded": len(discarded),
+            "empty_slots": len(places) - len(kept),
+            "answers_per_group": len(rollouts) / len(groups),
             "groups_lost": dict(self.controller.lost),
             "late_answers": sum(self.controller.late.values()),
             "generated_tokens": self.generated_tokens,
+            "discarded_tokens": sum(outcome.tokens for outcome in outcomes if not outcome.kept),
             "trained_tokens": self.trained_tokens,
+            "trained_tokens_by_domain": dict(trained),
             "step_s": seconds,
             "learner_wait_share": waited / seconds,
             "generator_wait_share": sum(clock.taken() for clock in self.idle) / (seconds * len(self.idle)),
             "sync_ms": self.timings.sync_ms,
             "tokens_per_s": self.timings.generated_tokens / seconds,
             "levels": {domain: sum(values) / len(values) for domain, values in levels.items()},
-        }
+        }  # fmt: skip
+        metrics |= self.curriculum.metrics()
         self.timings.generated_tokens, self.timings.last_step_end, self.timings.loop_lag_s = 0, now, 0.0
-        self.on_step(StepRecord(step=step + 1, metrics=metrics, groups=groups, curriculum=self.curriculum))
+        record = StepRecord(
+            step=step + 1, metrics=metrics, groups=kept, discarded=discarded, outcomes=outcomes,
+            curriculum=self.curriculum,
+        )  # fmt: skip
+        self.on_step(record)
         self._act_on(self.health.observe(metrics), step + 1)
 
     def _act_on(self, findings: Sequence[Finding], step: int) -> None:
@@ -441,8 +450,7 @@ class AsyncLoop:
         return RunState(
             protocol=state,
             curriculum=self.curriculum.state(),
-            cells={slot: choice.cell for slot, choice in self.choices.items()},
-            groups=[self.groups[slot] for slot in state.ready],
+            places={slot: copy(place) for slot, place in self.places.items()},
             generated_tokens=self.generated_tokens,
             trained_tokens=self.trained_tokens,
         )
@@ -486,6 +494,18 @@ class AsyncLoop:
         path = self._path(version)
         if os.path.exists(path):
             os.unlink(path)
+
+
+def _outcomes(slot: int, place: Place, trained: Mapping[str, int]) -> Iterator[Outcome]:
+    """What became of the tasks that the slot came to, in turn. `trained`: tokens of each group that was."""
+    for turn, (choice, group) in enumerate(place.outcomes()):
+        scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
+        yield Outcome(
+            slot=slot, turn=turn, choice=choice, passes=sum(score >= 1.0 for score in scores), total=len(scores),
+            version=group.leased_at_version, answers=len(group.rollouts),
+            tokens=sum(len(rollout.answer.token_ids) for rollout in group.rollouts),
+            trained_tokens=trained.get(group.group_id, 0), kept=group is place.group,
+        )  # fmt: skip
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -1,9 +1,9 @@
 """What a run of stage 2 needs to go on where it was, on disk: either the old state or the new one, never half of one.
 
-    state/000012/    loop.json      the protocol's state, curriculum, cells drawn, finished groups, counters
+    state/000012/    loop.json      the protocol's state, curriculum, what was planned and came of it, counters
                      learner.pt     weights, optimiser, version, random numbers: written by the learner
 
-A state is written beside, synced and renamed; the one before is removed afterwards. Groups that were being sampled are
+A state is written beside, synced and renamed; the one before is removed afterwards. Answers that were being sampled are
 not in it: they are leased again, whatever their length, so that a kill favours neither short answers nor long ones.
 """
 
@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 
 from model.disk import naming, remove, sync
 from rl.controller import State
-from rl.types import RolloutGroup
+from rl.places import Place
 
 LOOP = "loop.json"
 LEARNER = "learner.pt"
@@ -29,8 +29,7 @@ LEARNER = "learner.pt"
 class RunState:
     protocol: State
     curriculum: dict[str, Any]  # `Curriculum.state()`
-    cells: dict[int, str]  # slot → what was drawn for it; those that were not trained on yet
-    groups: list[RolloutGroup]  # finished, not trained on yet: those of `protocol.ready`
+    places: dict[int, Place]  # slot → its tasks, groups and parts; those that were not trained on yet
     generated_tokens: int
     trained_tokens: int
 

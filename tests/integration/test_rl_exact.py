@@ -10,6 +10,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,11 +20,11 @@ from real_runs import ROOT, at_step, complete, events, start, wait_for
 from model.tokenizer import decode_answer, encode_prompt, load_tokenizer, stop_token_ids
 from pipeline.config import Recipe
 from pipeline.engines import engine_settings
-from pipeline.online_rl import learner_settings, task_pool
+from pipeline.online_rl import curriculum_of, learner_settings, task_pool
 from pipeline.runner import stage_seed
 from rewards.grade import grade
 from rewards.sandbox import Sandbox
-from rl.curriculum import Curriculum
+from rl.gates import Outcome
 from rl.generator import VllmGenerator
 from rl.learner import PolicyLearner
 from rl.losses import group_advantages
@@ -111,13 +112,13 @@ def synchronous_twin(folder: Path) -> str:
     stage, seed = recipe.stages[0], stage_seed(SEED, "climb")
     tokenizer = load_tokenizer(BASE)
     pool = task_pool(stage.tasks, seed, lambda task: True)
-    curriculum = Curriculum(pool.domains, seed=seed, **stage.curriculum.model_dump())
+    curriculum = curriculum_of(stage, pool, SimpleNamespace(inputs={}, seed=seed))
     learner = PolicyLearner(learner_settings(stage, BASE, seed, folder, world_size=1)[0])
     learner.start()
     generator = VllmGenerator(engine_settings(stage.dtype, BASE, seed), "twin")
 
     async def sampled(slot: int, prompt_ids: list[int], version: int) -> list:
-        drawn_with = hashlib.sha256(f"{seed}/{slot}".encode()).digest()[:4]
+        drawn_with = hashlib.sha256(f"{seed}/{slot}/0/0".encode()).digest()[:4]
         request = SampleRequest(
             request_id=f"{slot:08}", prompt_ids=prompt_ids, num_samples=SIZE, max_tokens=stage.max_answer_tokens,
             temperature=stage.temperature, stop_token_ids=tuple(stop_token_ids(tokenizer, BASE)),
@@ -132,16 +133,23 @@ def synchronous_twin(folder: Path) -> str:
             published = learner.publish(str(weights))
             await generator.take_weights(str(weights), step, published)
             slots = range(step * GROUPS, (step + 1) * GROUPS)
-            cells = [curriculum.choose() for _ in slots]
-            tasks = [pool.task_of(cell, slot) for cell, slot in zip(cells, slots)]
+            choices = [choice for (choice,) in curriculum.plan(slots)]
+            tasks = [pool.task_of(choice.entry, slot, 0) for choice, slot in zip(choices, slots)]
             prompts = [encode_prompt(tokenizer, task.prompt) for task in tasks]
             groups = await asyncio.gather(*(sampled(slot, ids, step) for slot, ids in zip(slots, prompts)))
-            rows, advantages = [], []
-            for cell, task, ids, answers in zip(cells, tasks, prompts, groups):
+            rows, advantages, outcomes = [], [], []
+            for slot, choice, task, ids, answers in zip(slots, choices, tasks, prompts, groups):
                 scores = [grade(task, decode_answer(tokenizer, a.token_ids), sandbox).value for a in answers]
-                curriculum.observe(cell, sum(score >= 1.0 for score in scores), len(scores), step)
                 rows += [(ids, answer) for answer in answers]
-                advantages += group_advantages(scores, stage.objective.advantage)
+                advantages += (of_group := group_advantages(scores, stage.objective.advantage))
+                lengths = [len(answer.token_ids) for answer in answers]
+                outcomes.append(
+                    Outcome(
+                        slot=slot, turn=0, choice=choice, passes=sum(score >= 1.0 for score in scores),
+                        total=len(scores), version=step, answers=len(answers), tokens=sum(lengths),
+                        trained_tokens=sum(n for n, advantage in zip(lengths, of_group) if advantage), kept=True,
+                    )
+                )  # fmt: skip
             learner.step(
                 TrainBatch(
                     version=step, prompt_ids=[ids for ids, _ in rows], answer_ids=[a.token_ids for _, a in rows],
@@ -149,6 +157,7 @@ def synchronous_twin(folder: Path) -> str:
                     advantages=advantages,
                 )
             )  # fmt: skip
+            curriculum.learn(step + 1, outcomes, choices)
 
     with Sandbox() as sandbox, asyncio.Runner() as runner:
         try:

@@ -68,10 +68,13 @@ class Engine:
 
 @dataclass
 class Group:
+    """The answer to one lease: a whole group, or a part of one."""
+
     slot: int
     tokens: list[int]  # the weights that really produced them, oldest first
     engine: Engine
     newest: int  # what the engine believes to have held at the end
+    whole: bool = True
     lied: bool = False  # the engine claims versions that cannot be
 
 
@@ -95,13 +98,15 @@ class World:
             "num_steps": self.rng.randint(1, 7),
             "num_generators": self.rng.randint(1, 3),
             "save_every": self.rng.choice([0, 1, 2, 3]),
+            "max_parts": self.rng.choice([0, 0, 1, 3]),
             "max_attempts": 8,
             "max_restarts": 6,
         }
         self.now, self.queue, self.order = 0.0, [], 0
         self.injected: Counter[str] = Counter()
         self.trained: list[int] = []
-        self.durable: tuple[State, dict[int, Group], int] = (State(), {}, 0)  # state, ready groups, len(trained)
+        # State, ready groups, parts of others, len(trained).
+        self.durable: tuple[State, dict[int, Group], dict[int, list[Group]], int] = (State(), {}, {}, 0)
         self.life = 0  # of the process: counts the kills
         self.ended = ""
         self._begin()
@@ -109,21 +114,28 @@ class World:
     # --- a life of the process ---------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
-        state, groups, num_trained = self.durable
+        state, groups, parts, num_trained = self.durable
         del self.trained[num_trained:]
         self.queue.clear()
         self.controller = self.controller_class(bounds=self.bounds, resumed=state, **self.settings)
         self.engines = [Engine() for _ in range(self.settings["num_generators"])]
         self.groups = dict(groups)  # accepted, not trained on yet
+        self.parts = {slot: list(some) for slot, some in parts.items()}  # accepted, of slots not trained on yet
+        self.next_wave: set[int] = set()  # slots whose last lease ended with a part, in this wave
+        self.this_wave: set[int] = set()  # slots that may be leased again: all was still when the wave began
+        self.outstanding: dict[tuple[int, int], tuple[int, int]] = {}  # slot, attempt → engine it was leased to
         self.answers: dict[tuple[int, int], Group] = {}  # slot, attempt → what an engine made
         self.version = state.version  # the learner's
         self.published: set[int] = {self.version}
         self.stepping = self.saving = False
-        self.leased: dict[int, tuple[int, int]] = {}  # slot → engine, incarnation
         self._post(protocol.Begin(self._digest(self.version)))
 
     def _digest(self, weights: int) -> str:
         return f"life {self.life} version {weights}" if weights >= 0 else f"garbage {weights}"
+
+    def _parts_of(self, slot: int) -> int:
+        """How many parts it takes before the slot is ready: of the slot alone, as what is planned for it is."""
+        return random.Random(f"{self.seed}/{slot}").randint(0, self.settings["max_parts"])
 
     def run(self) -> World:
         """To its end; raises Violation. `ended` says how: "finished", or the name of the error."""
@@ -150,13 +162,15 @@ class World:
     def _post(self, event: protocol.Event, may_repeat: bool = True) -> None:
         """On its way to the controller, for a while; some arrive twice."""
         self._later(self.rng.expovariate(1.0), lambda: self._deliver(event))
-        repeatable = (protocol.GroupReady, protocol.GroupLost, protocol.SyncDone, protocol.SyncFailed,
-                      protocol.GeneratorDied, protocol.GeneratorUp)  # fmt: skip
+        repeatable = (protocol.GroupReady, protocol.PartReady, protocol.GroupLost, protocol.SyncDone,
+                      protocol.SyncFailed, protocol.GeneratorDied, protocol.GeneratorUp)  # fmt: skip
         if may_repeat and isinstance(event, repeatable) and self._strikes("duplicate"):
             self._later(self.rng.expovariate(0.2), lambda: self._deliver(event))
 
     def _deliver(self, event: protocol.Event) -> None:
         self.log.append(f"{self.now:8.1f} ─▶ {event}")
+        self._settle(event)
+        self.idle = not self.outstanding
         if isinstance(event, protocol.SyncDone) and event.digest == self._digest(event.sync.version):
             engine = self.engines[event.sync.generator]
             if engine.incarnation == event.sync.incarnation:
@@ -177,6 +191,18 @@ class World:
         held = self.controller.in_flight + len(self.controller.ready)
         self._check(held <= self.bounds.groups, f"{held} groups in flight or waiting, {self.bounds.groups} allowed")
 
+    def _settle(self, event: protocol.Event) -> None:
+        """What the controller is about to hear is in flight no more."""
+        if isinstance(event, protocol.GroupReady | protocol.PartReady | protocol.GroupLost):
+            self.outstanding.pop((event.slot, event.attempt), None)
+        gone = None
+        if isinstance(event, protocol.GeneratorDied):
+            gone = (event.generator, event.incarnation)
+        elif isinstance(event, protocol.SyncFailed):
+            if self.engines[event.sync.generator].refused >= self.controller.max_failed_syncs:
+                gone = (event.sync.generator, event.sync.incarnation)  # given up, as one that died
+        self.outstanding = {lease: holder for lease, holder in self.outstanding.items() if holder != gone}
+
     def _end(self, how: str, cause: int) -> None:
         self._check(cause > 0, f"the run ended with {how}, though nothing happened to cause it")
         self.ended = how
@@ -196,10 +222,15 @@ class World:
             case protocol.Accept(slot, attempt):
                 self._check(slot not in self.groups and slot not in self.trained, f"slot {slot} was accepted twice")
                 self._check((slot, attempt) in self.answers, f"slot {slot} was accepted without an answer")
-                self.groups[slot] = self.answers.pop((slot, attempt))
-                self._check(not self.groups[slot].lied, f"slot {slot} was accepted with versions that cannot be")
-                proved = self.groups[slot].newest <= self.groups[slot].engine.proved
+                answer = self.answers.pop((slot, attempt))
+                self._check(not answer.lied, f"slot {slot} was accepted with versions that cannot be")
+                proved = answer.newest <= answer.engine.proved
                 self._check(proved, f"slot {slot} was accepted with tokens of weights that nobody had read back")
+                if answer.whole:
+                    self.groups[slot] = answer
+                else:
+                    self.parts.setdefault(slot, []).append(answer)
+                    self.next_wave.add(slot)
             case protocol.Train():
                 self._train(command)
             case protocol.Save():
@@ -216,18 +247,20 @@ class World:
             case protocol.Finish():
                 total = self.bounds.groups_per_step * self.settings["num_steps"]
                 self._check(self.trained == list(range(total)), f"trained on {self.trained}, not on 0 to {total - 1}")
-                self._check(self.durable[2] == total, "the last step is not durable")
+                self._check(self.durable[3] == total, "the last step is not durable")
                 self._check(all(engine.syncing is None for engine in self.engines), "a sync is under way")
                 self.ended = "finished"
 
     def _sample(self, lease: protocol.Lease) -> None:
         slot, engine = lease.slot, self.engines[lease.generator]
-        holder = self.leased.get(slot)
         self._check(slot not in self.trained and slot not in self.groups, f"slot {slot} was leased after it was done")
-        current = holder is None or self.engines[holder[0]].incarnation != holder[1]
-        self._check(current, f"slot {slot} was leased twice")
+        self._check(all(slot != other for other, _ in self.outstanding), f"slot {slot} was leased twice")
         self._check(lease.incarnation == engine.incarnation, f"slot {slot} was leased to an engine that is gone")
-        self.leased[slot] = (lease.generator, lease.incarnation)
+        if self.idle or self.bounds.max_staleness:
+            self.this_wave, self.next_wave = self.this_wave | self.next_wave, set()
+        self._check(slot not in self.next_wave, f"slot {slot} is leased while others of its last wave are in flight")
+        self.this_wave.discard(slot)
+        self.outstanding[slot, lease.attempt] = (lease.generator, lease.incarnation)
         tokens: list[int] = []
         self._later(self.rng.expovariate(2.0), lambda: self._first_token(lease, engine, tokens))
 
@@ -241,16 +274,16 @@ class World:
     def _group_done(self, lease: protocol.Lease, engine: Engine, tokens: list[int], oldest: int) -> None:
         tokens.append(engine.weights)
         if self._strikes("lost_group"):
-            self.leased.pop(lease.slot, None)
             self._post(protocol.GroupLost(lease.slot, lease.attempt, "ungraded"))
             return
-        self.leased.pop(lease.slot, None)
+        whole = len(self.parts.get(lease.slot, ())) == self._parts_of(lease.slot)
         newest = engine.label
-        self.answers[lease.slot, lease.attempt] = Group(lease.slot, tokens, engine, newest)
+        self.answers[lease.slot, lease.attempt] = Group(lease.slot, tokens, engine, newest, whole)
         if self._strikes("wrong_version"):
             oldest, newest = self.rng.choice([(oldest - 100, newest), (oldest, newest + 100)])
             self.answers[lease.slot, lease.attempt].lied = True
-        self._post(protocol.GroupReady(lease.slot, lease.attempt, oldest, newest))
+        event = protocol.GroupReady if whole else protocol.PartReady
+        self._post(event(lease.slot, lease.attempt, oldest, newest))
 
     def _work(self, index: int, done: Callable[[], None], mean: float) -> None:
         """An engine at work: it ends, or dies, or falls silent, or its answer is lost on the way."""
@@ -278,9 +311,6 @@ class World:
         def gone() -> None:
             if engine.incarnation == incarnation and engine.alive:
                 engine.alive, engine.syncing = False, None
-                for slot, holder in list(self.leased.items()):
-                    if holder == (index, incarnation):
-                        del self.leased[slot]
                 self._post(protocol.GeneratorDied(index, incarnation, reason))
 
         self._later(after, gone)
@@ -328,7 +358,10 @@ class World:
         self._check(train.slots == wanted, f"step {train.step} trains on {train.slots}, not on {wanted}")
         for slot in train.slots:
             self._check(slot in self.groups, f"step {train.step} trains on slot {slot}, which is not there")
-            self._check_tokens(self.groups.pop(slot), train.step)
+            parts = self.parts.pop(slot, [])
+            self._check(len(parts) == self._parts_of(slot), f"slot {slot} is trained on with {len(parts)} parts")
+            for group in (*parts, self.groups.pop(slot)):
+                self._check_tokens(group, train.step)
         self.trained += train.slots
         self.stepping = True
         self._later(self.rng.expovariate(0.3), self._stepped)
@@ -355,11 +388,12 @@ class World:
         ready, there = set(save.state.ready), set(self.groups)
         self._check(ready == there, f"groups {ready} are saved as ready, {there} are")
         kept = {slot: self.groups[slot] for slot in save.state.ready}
+        parts = {slot: list(some) for slot, some in self.parts.items()}
         self.saving = True
 
         def durable() -> None:
             self.saving = False
-            self.durable = (save.state, kept, len(self.trained))
+            self.durable = (save.state, kept, parts, len(self.trained))
             self._post(protocol.Saved(save.version))
 
         self._later(self.rng.expovariate(1.0), durable)

@@ -16,6 +16,7 @@ from rl.controller import (
     Lease,
     LeaseExhausted,
     NoGeneratorLeft,
+    PartReady,
     ProtocolError,
     Restart,
     Resync,
@@ -105,6 +106,63 @@ def test_a_lost_group_is_leased_again_and_counted_then_given_up():
     assert controller.handle(ready(0, 0, attempt=1)) == [] and controller.late == {"group": 1}
     with pytest.raises(LeaseExhausted, match="ungraded"):
         controller.handle(GroupLost(0, 2, "ungraded"))
+
+
+def part(slot, version, attempt=1):
+    return PartReady(slot, attempt, version, version)
+
+
+def test_a_slot_with_a_part_is_leased_again_before_any_new_one():
+    controller, leases = begun(groups=2, staleness=1, max_parts=2)
+    assert [lease.slot for lease in leases] == [0, 1, 2, 3]
+    assert controller.handle(part(1, 0)) == [Accept(1, 1), Lease(1, 2, 0, 0)]
+    assert controller.handle(part(1, 0, attempt=2)) == [Accept(1, 2), Lease(1, 3, 0, 0)]
+    controller.handle(ready(0, 0))
+    assert controller.handle(ready(1, 0, attempt=3)) == [Accept(1, 3), Train(0, (0, 1))]
+
+
+def test_without_staleness_the_next_parts_begin_together_when_nothing_is_in_flight():
+    controller, _ = begun(groups=3, max_parts=1)
+    assert controller.handle(part(2, 0)) == [Accept(2, 1)]
+    assert controller.handle(ready(1, 0)) == [Accept(1, 1)]
+    assert controller.handle(part(0, 0)) == [Accept(0, 1), Lease(0, 2, 0, 0), Lease(2, 2, 0, 0)]
+    assert controller.handle(ready(2, 0, attempt=2)) == [Accept(2, 2)]
+    assert controller.handle(ready(0, 0, attempt=2)) == [Accept(0, 2), Train(0, (0, 1, 2))]
+
+
+def test_a_lost_lease_does_not_wait_for_the_wave_and_a_part_begins_its_count_anew():
+    controller, _ = begun(groups=2, max_parts=1, max_attempts=2)
+    assert controller.handle(GroupLost(0, 1, "ungraded")) == [Lease(0, 2, 0, 0)]
+    assert controller.handle(part(0, 0, attempt=2)) == [Accept(0, 2)]
+    assert controller.handle(ready(1, 0)) == [Accept(1, 1), Lease(0, 3, 0, 0)]
+    assert controller.handle(GroupLost(0, 3, "ungraded")) == [Lease(0, 4, 0, 0)]
+    with pytest.raises(LeaseExhausted, match="group 0 was lost 2 times"):
+        controller.handle(GroupLost(0, 4, "ungraded"))
+
+
+def test_parts_have_an_end():
+    controller, _ = begun(max_parts=1)
+    controller.handle(part(0, 0))
+    with pytest.raises(ProtocolError):
+        controller.handle(part(0, 0, attempt=2))
+
+
+def test_a_part_waits_for_the_proof_of_its_weights_too():
+    controller, _ = begun(groups=1, staleness=1, steps=9, max_parts=1)
+    controller.handle(ready(0, 0))
+    (sync, *_) = controller.handle(StepDone(1, "d1"))
+    assert controller.handle(PartReady(1, 1, 0, 1)) == []
+    assert controller.handle(SyncDone(sync, "d1"))[:2] == [Accept(1, 1), Lease(1, 2, 0, 0)]
+
+
+def test_parts_are_no_part_of_the_state_that_a_run_resumes_from():
+    """What was accepted of them is the loop's to keep; here the slot is only leased again."""
+    controller, _ = begun(groups=1, staleness=1, steps=9, save_every=1, max_parts=3)
+    controller.handle(part(1, 0))
+    controller.handle(ready(0, 0))
+    assert controller.handle(StepDone(1, "d1"))[0] == Save(1, State(1, 2, ()))
+    controller, leases = begun_at(State(1, 2, ()), groups=1, staleness=1, steps=9)
+    assert [lease.slot for lease in leases] == [1, 2]
 
 
 def test_a_dead_generator_loses_its_leases_and_comes_back_only_with_weights_that_it_was_given():

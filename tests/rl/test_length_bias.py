@@ -22,10 +22,10 @@ from statistics import mean, variance
 from typing import Any
 
 import pytest
+from curricula import curriculum
 
 from rewards.task import Score, Task
 from rl import controller as protocol
-from rl.curriculum import Curriculum
 from rl.health import HealthMonitor
 from rl.loop import AsyncLoop, LoopSettings, StepRecord, TaskPool
 from rl.run_state import LEARNER, RunStates
@@ -160,16 +160,16 @@ def train(folder: Path, seed: int, max_staleness: int, deaths: Deaths, loop_clas
         engines = [SlowEngine(lambda: deaths.after(deaths.of_engine_s, rng)) for _ in range(GENERATORS)]
         loop = loop_class(
             LoopSettings(
-                groups_per_step=GROUPS, group_size=SIZE, num_steps=STEPS, max_staleness=max_staleness,
+                groups_per_step=GROUPS, num_steps=STEPS, max_staleness=max_staleness,
                 max_answer_tokens=LONGEST, temperature=1.0, stop_token_ids=(), advantage="rloo", overlong_penalty=0.0,
                 weights_path="/nonexistent/v{version}", save_every=2, seed=seed,
             ),
             TaskPool(
-                task_of=lambda cell, slot: Task(task_id=f"{slot}", domain="maths", level=1, prompt="", verifier="text"),
+                task_of=lambda entry, slot, turn: Task(task_id=f"{slot}", domain="maths", level=1, prompt="", verifier="text"),
                 encode=lambda prompt: [1], decode=lambda ids: "",
                 grade=lambda task, text: Score(next(scores), "in turn"),
             ),
-            Curriculum({"maths": "maths"}, kind="uniform", band=(0.2, 0.8), decay=1.0, explore_share=0.0, seed=seed),
+            curriculum({"maths/1": ("maths", 1)}, sampler="uniform", endless=True, group_size=SIZE, seed=seed),
             engines, SlowLearner(), None, states, HealthMonitor({}),
             on_step=trained.note, on_lost=lambda group: None, on_event=lambda event, **said: None,
         )  # fmt: skip
@@ -249,15 +249,15 @@ class DrawsAnew(AsyncLoop):
 
     draws = itertools.count()
 
-    def _seed(self, slot: int) -> int:
-        return super()._seed(next(self.draws) + 10**6)
+    def _seed(self, slot: int, turn: int, have: int) -> int:
+        return super()._seed(next(self.draws) + 10**6, turn, have)
 
 
 class DrawsByVersion(AsyncLoop):
     """As this loop did until it was measured: what is leased again meets a newer version, and is drawn with it."""
 
-    def _seed(self, slot: int) -> int:
-        return super()._seed(slot * 1000 + self.controller.learner_version)
+    def _seed(self, slot: int, turn: int, have: int) -> int:
+        return super()._seed(slot * 1000 + self.controller.learner_version, turn, have)
 
 
 @pytest.mark.parametrize("deaths", DEATHS)

@@ -1,16 +1,16 @@
 """States on disk: read back exactly, and never half of one."""
 
-import random
-import shutil
 from pathlib import Path
 
 import pytest
+from curricula import curriculum
 from disk_faults import Disk, Operation, supervise
 
 from rewards.task import Task
 from rl.controller import State
-from rl.curriculum import Curriculum
-from rl.run_state import LEARNER, LOOP, RunState, RunStates
+from rl.gates import Choice
+from rl.places import Place
+from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import Rollout, RolloutGroup, SampledAnswer
 
 
@@ -22,11 +22,13 @@ def a_group(slot: int) -> RolloutGroup:
 
 
 def a_state(version: int) -> RunState:
-    curriculum = Curriculum({"a": "maths"}, kind="thompson", band=(0.2, 0.8), decay=0.9, explore_share=0.1, seed=1)
+    """Slot 5 is ready, at its second task; slot 6 has a part."""
+    first, second = (Choice(entry=name, size=4, known=1 / 3, expected=0.1) for name in ("a", "b"))
+    ready = Place(choices=[first, second], turn=1, discarded=[a_group(5)], group=a_group(5))
+    begun = Place(choices=[first, second], rollouts=a_group(6).rollouts, leased_at=1)
     return RunState(
         protocol=State(version=version, next_slot=7, ready=(5,), lost=(("ungraded", 2),)),
-        curriculum=curriculum.state(), cells={5: "a", 6: "a"}, groups=[a_group(5)], generated_tokens=10,
-        trained_tokens=4,
+        curriculum=curriculum().state(), places={5: ready, 6: begun}, generated_tokens=10, trained_tokens=4,
     )  # fmt: skip
 
 
@@ -74,28 +76,3 @@ def test_a_kill_or_a_power_cut_at_any_operation_leaves_the_old_state_or_the_new_
         publish(there, 3)
         assert there.newest()[0] == a_state(3) and len(list(folder.iterdir())) == 1
     assert set(found) == ({1, 2} if replacing else {2})
-
-
-def test_a_restored_curriculum_draws_on_as_if_nothing_had_happened(tmp_path):
-    def curriculum(seed):
-        cells = {f"{domain}/{level}": domain for domain in ("maths", "code") for level in range(5)}
-        return Curriculum(cells, kind="thompson", band=(0.2, 0.8), decay=0.9, explore_share=0.2, seed=seed)
-
-    def go_on(one, rng):
-        drawn = []
-        for version in range(40):
-            drawn.append(one.choose())
-            one.observe(drawn[-1], rng.randint(0, 8), 8, version)
-        return drawn
-
-    first = curriculum(1)
-    go_on(first, random.Random(0))
-    states = RunStates(tmp_path / "state")
-    shutil.rmtree(states.folder, ignore_errors=True)
-    states.publish(states.open(1), RunState(
-        protocol=State(), curriculum=first.state(), cells={}, groups=[], generated_tokens=0, trained_tokens=0
-    ))  # fmt: skip
-    assert (states.newest()[1] / LOOP).exists()
-    other = curriculum(2)
-    other.restore(states.newest()[0].curriculum)
-    assert go_on(other, random.Random(5)) == go_on(first, random.Random(5))

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -144,9 +145,9 @@ class NeverGivesAnEngineUpAsBeingSynced(Controller):
 
 
 class BelievesEveryVersion(Controller):
-    def _on_ready(self, event: protocol.GroupReady) -> list[protocol.Command]:
+    def _on_answered(self, event: protocol.Answered) -> list[protocol.Command]:
         low = self._leased_at.get(event.slot, 0)
-        return super()._on_ready(protocol.GroupReady(event.slot, event.attempt, low, low))
+        return super()._on_answered(dataclasses.replace(event, oldest=low, newest=low))
 
 
 class TakesTheAnswerToAnotherSync(Controller):
@@ -160,14 +161,30 @@ class TakesTheAnswerToAnotherSync(Controller):
 
 
 class AcceptsBeforeTheProof(Controller):
-    def _on_ready(self, event: protocol.GroupReady) -> list[protocol.Command]:
+    def _on_answered(self, event: protocol.Answered) -> list[protocol.Command]:
         holder = self._holder(event.slot, event.attempt)
         if holder is None or holder.syncing is None:
-            return super()._on_ready(event)
+            return super()._on_answered(event)
         proved, holder.version = holder.version, holder.syncing.version
-        commands = super()._on_ready(event)
+        commands = super()._on_answered(event)
         holder.version = proved
         return commands
+
+
+class TakesAPartForTheGroup(Controller):
+    def _on_answered(self, event: protocol.Answered) -> list[protocol.Command]:
+        whole = protocol.GroupReady(event.slot, event.attempt, event.oldest, event.newest)
+        return super()._on_answered(whole)
+
+
+class ForgetsWhatIsUnfinished(Controller):
+    def _begins_wave(self) -> bool:
+        return False
+
+
+class BeginsAWaveAtOnce(Controller):
+    def _begins_wave(self) -> bool:
+        return True
 
 
 BUGS = Controller.__subclasses__()

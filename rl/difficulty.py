@@ -1,0 +1,231 @@
+"""How hard every entry of the pool is for the current policy: decayed Beta posteriors, and the state each entry is in.
+
+An *entry* is what the curriculum chooses: one prompt of a data set, or a (domain, level) of a generator that never runs
+dry. All entries of a (domain, level) form a *cell*. At policy version v an entry's pass rate has the posterior
+
+    Beta(1 + Σ λ^(v - v_i)·passes_i + borrowed,  1 + Σ λ^(v - v_i)·fails_i + borrowed)         (MoPPS 2025, with priors)
+
+over its observations i, each with the version v_i that gave its answers: what an older policy could do counts less.
+Borrowed are, as so many answers,
+
+    judge_strength · (judged pass rate, its complement)              from the judge's score, where there is one
+    min(1, neighbour_strength / n) · (passes, fails) of the cell's other entries, n in all, decayed the same way
+
+so a prompt never tried begins at what the judge and its neighbours say, and leaves it as its own answers come in. An
+entry that is its whole cell has no neighbours to borrow from.
+
+States, and what moves an entry between them (every change is a `StateChange` with its reason):
+
+    new ──first group──▶ active ◀──re-test──▶ retired    its own answers say pass rate >= retire_above
+                                ◀──re-test──▶ parked     pass rate <= park_below: too hard, for now
+
+Retired and parked entries are not drawn. They are due for a re-test after `retest_every` versions, parked ones as soon
+as the pass rate of their neighbours (the cell's other entries and the next easier level) has risen by `retest_rise`.
+
+Columns of numpy, a row per entry: a million entries cost about 70 MB and some milliseconds a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.int64]
+
+NEW, ACTIVE, RETIRED, PARKED = range(4)
+STATES = ("new", "active", "retired", "parked")
+PRIOR = 1.0  # Beta(1, 1): any pass rate is as likely as any other
+FORGOTTEN = 1e-6  # answers; less evidence than this is none
+NEVER = np.iinfo(np.int32).max
+
+
+class Entries:
+    """The pool in columns, in the order in which it was given."""
+
+    def __init__(
+        self, cells: Mapping[str, tuple[str, int]], *, endless: bool = False, judged: Mapping[str, float] | None = None
+    ) -> None:
+        """`cells`: entry → (domain, level). `endless`: an entry never runs dry, and may be drawn more than once a step.
+        `judged`: entry → pass rate that its judged difficulty stands for."""
+        if not cells:
+            raise ValueError("a pool needs at least one entry")
+        self.names = list(cells)
+        self.id_of = {name: i for i, name in enumerate(self.names)}
+        self.endless = endless
+        self.domains = list(dict.fromkeys(domain for domain, _ in cells.values()))
+        self.cells = list(dict.fromkeys(cells.values()))
+        domain_ids = {domain: i for i, domain in enumerate(self.domains)}
+        cell_ids = {cell: i for i, cell in enumerate(self.cells)}
+        self.domain: Ids = np.array([domain_ids[domain] for domain, _ in cells.values()])
+        self.cell: Ids = np.array([cell_ids[cell] for cell in cells.values()])
+        self.easier: Ids = np.array([cell_ids.get((domain, level - 1), -1) for domain, level in self.cells])
+        judged = judged or {}
+        self.judged: Floats = np.array([judged.get(name, np.nan) for name in self.names])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DifficultyRules:
+    decay: float  # memory kept per policy version
+    judge_strength: float  # answers
+    neighbour_strength: float  # answers, at most
+    retire_above: float | None  # pass rate; None: never
+    park_below: float | None  # pass rate; None: never
+    retest_every: int  # versions
+    retest_rise: float  # of the neighbours' pass rate
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What one group said about its entry."""
+
+    entry: str
+    passes: int
+    total: int
+    version: int  # of the weights that gave the answers
+
+
+@dataclass(frozen=True, slots=True)
+class StateChange:
+    entry: str
+    before: str
+    after: str
+    reason: str
+
+
+class Difficulty:
+    """Posteriors and states of all entries at `version`."""
+
+    def __init__(self, entries: Entries, rules: DifficultyRules) -> None:
+        self.entries, self.rules, self.version = entries, rules, 0
+        count = len(entries)
+        self.passes, self.fails = np.zeros(count), np.zeros(count)  # decayed to `version`
+        self.tried = np.zeros(count, np.int32)  # groups
+        self.seen = np.full(count, -1, np.int32)  # version of the newest observation
+        self.state = np.zeros(count, np.int8)
+        self.due = np.full(count, NEVER, np.int32)  # version at which a retired or parked entry is tested again
+        self.watched = np.zeros(count)  # its neighbours' pass rate when it was parked
+
+    # --- posteriors --------------------------------------------------------------------------------------------------
+
+    def posterior(self, ids: Ids) -> tuple[Floats, Floats]:
+        """(α, β) of these entries."""
+        entries, rules = self.entries, self.rules
+        other_passes, other_fails = self._others(ids)
+        known = other_passes + other_fails
+        share = np.minimum(1.0, rules.neighbour_strength / np.maximum(known, FORGOTTEN))
+        judged = entries.judged[ids]
+        trust = np.where(np.isnan(judged), 0.0, rules.judge_strength)
+        judged = np.nan_to_num(judged)
+        alpha = PRIOR + self.passes[ids] + share * other_passes + trust * judged
+        beta = PRIOR + self.fails[ids] + share * other_fails + trust * (1.0 - judged)
+        return alpha, beta
+
+    def mean(self, ids: Ids) -> Floats:
+        alpha, beta = self.posterior(ids)
+        return alpha / (alpha + beta)
+
+    def cell_evidence(self) -> tuple[Floats, Floats]:
+        """(passes, fails) of all entries of each cell."""
+        count = len(self.entries.cells)
+        passes, fails = (np.bincount(self.entries.cell, of_entry, count) for of_entry in (self.passes, self.fails))
+        return passes.astype(np.float64), fails.astype(np.float64)
+
+    def _others(self, ids: Ids) -> tuple[Floats, Floats]:
+        """(passes, fails) of the other entries of each one's cell."""
+        passes, fails = self.cell_evidence()
+        cell = self.entries.cell[ids]
+        return (np.maximum(0.0, passes[cell] - self.passes[ids]), np.maximum(0.0, fails[cell] - self.fails[ids]))
+
+    def neighbour_rate(self, ids: Ids) -> Floats:
+        """Pass rate of the cell's other entries and of the next easier level; 0 where nothing is known of them."""
+        passes, fails = self._others(ids)
+        cell_passes, cell_fails = self.cell_evidence()
+        easier = self.entries.easier[self.entries.cell[ids]]
+        passes = passes + np.where(easier >= 0, cell_passes[easier], 0.0)
+        known = passes + fails + np.where(easier >= 0, cell_fails[easier], 0.0)
+        return np.where(known > FORGOTTEN, passes / np.maximum(known, FORGOTTEN), 0.0)
+
+    # --- learning ----------------------------------------------------------------------------------------------------
+
+    def learn(self, version: int, observations: Sequence[Observation]) -> list[StateChange]:
+        """Time passes up to `version`; then what was seen, in this order. Returns the changes of state, likewise."""
+        self._forget(version)
+        for seen in observations:
+            entry = self.entries.id_of[seen.entry]
+            weight = self.rules.decay ** (version - seen.version)
+            self.passes[entry] += weight * seen.passes
+            self.fails[entry] += weight * (seen.total - seen.passes)
+            self.tried[entry] += 1
+            self.seen[entry] = max(self.seen[entry], seen.version)
+        changes = [self._judge(name, observations) for name in dict.fromkeys(seen.entry for seen in observations)]
+        self._watch_neighbours()
+        return [change for change in changes if change is not None]
+
+    def _forget(self, version: int) -> None:
+        for evidence in (self.passes, self.fails):
+            evidence *= self.rules.decay ** (version - self.version)
+            evidence[evidence < FORGOTTEN] = 0.0
+        self.version = version
+
+    def _judge(self, name: str, observations: Sequence[Observation]) -> StateChange | None:
+        """The state of an entry that was just tried; None where it stays what it was."""
+        entry, rules = self.entries.id_of[name], self.rules
+        before = int(self.state[entry])
+        passes, fails = float(self.passes[entry]), float(self.fails[entry])
+        rate = (PRIOR + passes) / (2 * PRIOR + passes + fails)  # its own answers alone: neighbours retire nobody
+        after = ACTIVE
+        if rules.retire_above is not None and rate >= rules.retire_above:
+            after = RETIRED
+        elif rules.park_below is not None and rate <= rules.park_below:
+            after = PARKED
+        self.state[entry] = after
+        self.due[entry] = NEVER if after == ACTIVE else self.version + rules.retest_every
+        if after == PARKED:
+            self.watched[entry] = self.neighbour_rate(np.array([entry]))[0]
+        if after == before:
+            return None
+        groups = [seen for seen in observations if seen.entry == name]
+        right, total = sum(seen.passes for seen in groups), sum(seen.total for seen in groups)
+        why = "first tried" if before == NEW else "tried again" if before == ACTIVE else "re-tested"
+        reason = f"{why}: {right} of {total} right, pass rate {rate:.2f}"
+        return StateChange(name, STATES[before], STATES[after], reason)
+
+    def _watch_neighbours(self) -> None:
+        (parked,) = np.nonzero((self.state == PARKED) & (self.due > self.version))
+        if len(parked):
+            risen = self.neighbour_rate(parked) >= self.watched[parked] + self.rules.retest_rise
+            self.due[parked[risen]] = self.version
+
+    def due_now(self, ids: Ids) -> Ids:
+        """Those of these entries that are due for a re-test, the longest overdue first."""
+        due = ids[self.due[ids] <= self.version]
+        return due[np.argsort(self.due[due], kind="stable")]
+
+    def counts(self) -> dict[str, int]:
+        """Entries in each state."""
+        return dict(zip(STATES, np.bincount(self.state, minlength=len(STATES)).tolist(), strict=True))
+
+    # --- to disk and back --------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """Of the entries that were tried; the others are as they began."""
+        (tried,) = np.nonzero(self.tried)
+        rows = zip(*(column[tried].tolist() for column in self._columns()), strict=True)
+        return {"version": self.version, "entries": {self.entries.names[i]: list(row) for i, row in zip(tried, rows)}}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.version = state["version"]
+        for name, row in state["entries"].items():
+            for column, value in zip(self._columns(), row, strict=True):
+                column[self.entries.id_of[name]] = value
+
+    def _columns(self) -> list[npt.NDArray[Any]]:
+        return [self.passes, self.fails, self.tried, self.seen, self.state, self.due, self.watched]

@@ -1,0 +1,194 @@
+"""Posteriors by hand, and the states an entry passes through."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rl.difficulty import Difficulty, DifficultyRules, Entries, Observation
+
+RULES = dict(
+    decay=0.5, judge_strength=4.0, neighbour_strength=8.0, retire_above=0.9, park_below=0.1, retest_every=5,
+    retest_rise=0.2,
+)  # fmt: skip
+
+
+def difficulty(cells=None, judged=None, **changes):
+    cells = cells or {"a": ("maths", 1), "b": ("maths", 1), "c": ("maths", 2), "d": ("code", 1)}
+    return Difficulty(Entries(cells, judged=judged), DifficultyRules(**RULES | changes))
+
+
+def posterior(one, name):
+    alpha, beta = one.posterior(np.array([one.entries.id_of[name]]))
+    return alpha[0], beta[0]
+
+
+def seen(entry, passes, total, version=0):
+    return Observation(entry, passes, total, version)
+
+
+def state(one, name):
+    return ("new", "active", "retired", "parked")[one.state[one.entries.id_of[name]]]
+
+
+# --- posteriors -----------------------------------------------------------------------------------------------------
+
+
+def test_an_observation_counts_by_the_version_that_gave_it():
+    one = difficulty(neighbour_strength=0.0)
+    one.learn(2, [seen("a", 4, 8, version=1), seen("a", 4, 4, version=2)])
+    assert posterior(one, "a") == (1 + 4 / 2 + 4, 1 + 4 / 2)
+    one.learn(4, [])  # two versions later all of it has faded to a quarter
+    assert posterior(one, "a") == (1 + 6 / 4, 1 + 2 / 4)
+    assert one.seen[0] == 2 and one.tried[0] == 2
+
+
+def test_a_prompt_never_tried_begins_at_the_judges_word():
+    one = difficulty(judged={"a": 0.75})
+    assert posterior(one, "a") == (1 + 3.0, 1 + 1.0)
+    assert posterior(one, "d") == (1.0, 1.0)
+
+
+def test_neighbours_lend_as_many_answers_as_the_rule_says_and_no_more():
+    one = difficulty(decay=1.0)
+    one.learn(0, [seen("a", 6, 16)])
+    assert posterior(one, "b") == (1 + 8 * 6 / 16, 1 + 8 * 10 / 16)  # eight answers of sixteen
+    assert posterior(one, "a") == (1 + 6, 1 + 10)  # its own are not lent to itself
+    assert posterior(one, "c") == posterior(one, "d") == (1.0, 1.0)  # another level, another domain
+    one.learn(0, [seen("b", 0, 4)])
+    assert posterior(one, "a") == (1 + 6, 1 + 10 + 4)  # four are fewer than eight: all of them
+
+
+def test_an_entry_that_is_its_whole_cell_borrows_nothing():
+    one = difficulty({"maths/1": ("maths", 1), "maths/2": ("maths", 2)}, decay=1.0)
+    one.learn(0, [seen("maths/1", 3, 4)])
+    assert posterior(one, "maths/1") == (4.0, 2.0)
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.integers(0, 8), st.integers(0, 3)), min_size=1, max_size=30
+    ),
+    st.floats(0.3, 1.0),
+)  # fmt: skip
+def test_columns_agree_with_a_slow_twin(groups, decay):
+    """The twin keeps every observation, and adds them up when it is asked."""
+    one = difficulty(judged={"b": 0.25}, decay=decay)
+    history, version = [], 0
+    for entry, passes, pause in groups:
+        version += pause
+        history.append((entry, passes, version))
+        one.learn(version, [seen(entry, passes, 8, version)])
+    weight = {i: decay ** (version - at) for i, (_, _, at) in enumerate(history)}
+    for name in "abcd":
+        own = [(weight[i] * p, weight[i] * (8 - p)) for i, (entry, p, _) in enumerate(history) if entry == name]
+        others = [
+            (weight[i] * p, weight[i] * (8 - p)) for i, (entry, p, _) in enumerate(history)
+            if entry != name and {entry, name} == {"a", "b"}
+        ]  # fmt: skip
+        total = sum(map(sum, others))
+        lent = min(1.0, 8 / total) if total else 0.0
+        alpha = 1 + sum(p for p, _ in own) + lent * sum(p for p, _ in others) + (4 * 0.25 if name == "b" else 0)
+        beta = 1 + sum(f for _, f in own) + lent * sum(f for _, f in others) + (4 * 0.75 if name == "b" else 0)
+        assert posterior(one, name) == pytest.approx((alpha, beta), abs=1e-4)
+
+
+# --- states ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_entry_is_new_then_active_then_retired_and_comes_back_when_a_re_test_says_so():
+    one = difficulty(decay=1.0)
+    (change,) = one.learn(1, [seen("a", 4, 8, 1)])
+    assert (change.entry, change.before, change.after) == ("a", "new", "active")
+    assert change.reason == "first tried: 4 of 8 right, pass rate 0.50"
+    assert one.learn(2, [seen("a", 8, 8, 2)]) == [] and state(one, "a") == "active"  # (1 + 12)/(2 + 16) = 0.72
+    (change,) = one.learn(3, [seen("a", 32, 32, 3)])  # (1 + 44)/(2 + 48)
+    assert change.after == "retired" and change.reason == "tried again: 32 of 32 right, pass rate 0.90"
+    ids = np.arange(4)
+    assert list(one.due_now(ids)) == []
+    one.learn(7, [])
+    assert list(one.due_now(ids)) == []
+    one.learn(8, [])
+    assert list(one.due_now(ids)) == [0]  # five versions later
+    assert one.learn(8, [seen("a", 8, 8, 8)]) == [] and list(one.due_now(ids)) == []  # stays, and waits again
+    one.learn(13, [])
+    (change,) = one.learn(13, [seen("a", 0, 8, 13)])
+    assert (change.before, change.after) == ("retired", "active") and change.reason.startswith("re-tested: 0 of 8")
+    one.learn(99, [])
+    assert list(one.due_now(ids)) == []
+
+
+def test_a_parked_entry_is_tested_again_as_its_neighbours_rise():
+    """b is its neighbour in the cell; c, one level up, is watched over by both."""
+    one = difficulty(decay=1.0, neighbour_strength=0.0)
+    one.learn(0, [seen("b", 2, 10), seen("a", 0, 10), seen("c", 0, 20)])
+    assert [state(one, name) for name in "abcd"] == ["parked", "active", "parked", "new"]
+    assert list(one.watched[[0, 2]]) == [0.2, 0.1]
+    one.learn(1, [seen("b", 4, 10, 1)])  # 6 of 20: a has seen 0.2 → 0.3, c 0.1 → 6 of 30
+    assert list(one.due_now(np.arange(4))) == []
+    one.learn(2, [seen("b", 7, 10, 2)])  # 13 of 30 for a, 13 of 40 for c
+    assert list(one.due_now(np.arange(4))) == [0, 2]
+    one.learn(3, [])
+    assert one.due[3] == np.iinfo(np.int32).max
+
+
+def test_a_parked_entry_without_neighbours_is_tested_again_on_schedule():
+    one = difficulty({"hard": ("maths", 9)})
+    one.learn(0, [seen("hard", 0, 16)])
+    assert state(one, "hard") == "parked"
+    one.learn(4, [])
+    assert not len(one.due_now(np.array([0])))
+    one.learn(5, [])
+    assert list(one.due_now(np.array([0]))) == [0]
+
+
+def test_forgetting_is_no_rise():
+    """What fades takes passes and fails alike: a rate that nobody measured anew does not move."""
+    one = difficulty(neighbour_strength=0.0, retest_every=1000)
+    one.learn(0, [seen("a", 0, 32), seen("b", 0, 32)])
+    one.learn(400, [])
+    assert not len(one.due_now(np.arange(4)))
+
+
+def test_neighbours_and_the_judge_retire_nobody():
+    one = difficulty(decay=1.0, judged={"a": 1.0}, judge_strength=100.0)
+    one.learn(0, [seen("b", 50, 50), seen("a", 4, 4)])
+    assert state(one, "b") == "retired" and state(one, "a") == "active"
+    assert posterior(one, "a")[0] > 100
+
+
+def test_without_limits_nothing_retires():
+    one = difficulty(retire_above=None, park_below=None)
+    one.learn(0, [seen("a", 99, 99), seen("b", 0, 99)])
+    assert state(one, "a") == state(one, "b") == "active"
+    assert one.counts() == {"new": 2, "active": 2, "retired": 0, "parked": 0}
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.integers(0, 16), st.integers(0, 4)), max_size=40))
+def test_a_state_that_was_written_down_goes_on_bit_for_bit(groups):
+    one, version = difficulty(), 0
+    other = None
+    for number, (entry, passes, pause) in enumerate(groups):
+        version += pause
+        changes = one.learn(version, [seen(entry, passes, 16, version)])
+        if other is not None:
+            assert other.learn(version, [seen(entry, passes, 16, version)]) == changes
+        if number == len(groups) // 2:
+            other = difficulty()
+            other.restore(json.loads(json.dumps(one.to_json())))
+    if other is not None:
+        for column in ("passes", "fails", "tried", "seen", "state", "due", "watched"):
+            assert np.array_equal(getattr(one, column), getattr(other, column)), column
+        assert json.dumps(one.to_json()) == json.dumps(other.to_json())
+
+
+def test_evidence_that_has_faded_away_is_gone():
+    one = difficulty(decay=0.9)
+    one.learn(0, [seen("a", 8, 16)])
+    one.learn(400, [])  # 8 · 0.9^400 answers
+    assert one.passes[0] == 0.0 and not math.isnan(one.mean(np.array([0]))[0])
