@@ -211,6 +211,8 @@ class Actor:
 
 
 class Cluster:
+    weights_served_at = ""  # engines read the files
+
     def __init__(self, folder: Path) -> None:
         self.shared_dir = folder / "weights"
         shutil.rmtree(self.shared_dir, ignore_errors=True)
