@@ -86,7 +86,7 @@ class Watch:
             seen["driver and Ray"] = {
                 what: total - ours for (what, total), ours in zip(everyone.items(), actors, strict=True)
             }
-            lasting = frozenset({"rollouts", "steps.jsonl", "curriculum.jsonl", "events.jsonl"})
+            lasting = frozenset({"rollouts", "steps.jsonl", "curriculum.jsonl", "observations.jsonl", "events.jsonl"})
             work = self.run_dir / "climb.partial"
             seen["disk"] = {
                 "run folder, MiB": bytes_in(self.run_dir, but=lasting),

@@ -236,7 +236,7 @@ def main(
         asked = recipe(steps, staleness=4, seed=1)
         hard = {"domains": ["maths", "reasoning"], "levels": [8, 10]}
         asked["stages"] = [
-            asked["stages"][0] | {"learning_rate": 1e-7, "tasks": hard, "curriculum": {"kind": "uniform"}}
+            asked["stages"][0] | {"learning_rate": 1e-7, "tasks": hard, "curriculum": {"sampler": "uniform"}}
         ]
         run_dir = folder / "run" if (folder / "run" / "climb" / "COMPLETE").exists() else pinned_run.run(asked, folder)
         rows = rollouts_of(run_dir)
