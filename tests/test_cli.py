@@ -73,7 +73,7 @@ finally:
 
 def test_runs_as_a_script(good: str) -> None:
     done = subprocess.run([sys.executable, str(ROOT / "cli.py"), "validate", good], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "good.yaml: accepted (climb)\n")
+    assert done.returncode == 0 and done.stdout.startswith("good.yaml: accepted (climb)\n")
 
 
 def test_plan_shows_stages_and_arithmetic(good: str, capsys: Any) -> None:
