@@ -22,6 +22,8 @@ from markupsafe import Markup
 
 from pipeline import plots
 from pipeline.plots import Series
+from pipeline.rank_correlation import spearman
+from pipeline.report_difficulty import foresight_panel
 from pipeline.report_routers import router_panel
 from pipeline.run_reader import Row, RunReader, StageView
 
@@ -310,11 +312,14 @@ def climb(run: RunReader, stage: StageView, folder: Path) -> Row | None:
     lines = [
         Series(domain, [point for name, point in levels if name == domain], 1 + i) for i, domain in enumerate(domains)
     ]
+    colours = {series.label: series.colour for series in lines}
+    domain_of = {row["cell"]: row["domain"] for row in drawn}
     return {
         "figures": figures,
         "routers": router_panel(steps),
+        "foresight": foresight_panel(run.json_lines(folder / "observations.jsonl"), domain_of, colours),
         "steps": len(steps),
-        "legend": [(series.label, series.colour) for series in lines],
+        "legend": list(colours.items()),
         "mean_levels": [plots.line_plot("mean sampled level", lines, x_label="step", smooth=SMOOTH_STEPS)]
         if levels
         else [],
@@ -370,23 +375,6 @@ def _is_level(row: Row) -> bool:
 
 
 # --- pieces -------------------------------------------------------------------------------------------------------
-
-
-def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """Rank correlation with ties at their mean rank; None where fewer than three pairs or one side is constant."""
-    if len(first) < 3 or len(set(first)) < 2 or len(set(second)) < 2:
-        return None
-    a, b = _ranks(first), _ranks(second)
-    mean = (len(a) - 1) / 2
-    covariance = sum((x - mean) * (y - mean) for x, y in zip(a, b, strict=True))
-    return covariance / (sum((x - mean) ** 2 for x in a) * sum((y - mean) ** 2 for y in b)) ** 0.5
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    places: dict[float, list[int]] = defaultdict(list)
-    for place, value in enumerate(sorted(values)):
-        places[value].append(place)
-    return [sum(places[value]) / len(places[value]) for value in values]
 
 
 def label_of(reference: str) -> str:

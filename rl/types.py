@@ -94,7 +94,9 @@ class Published:
 
     digest: str
     probe: Probe
-    location: str = field(compare=False)  # what engines are given: the file's path, or where `rl/weight_stream.py` serves it
+    location: str = field(
+        compare=False
+    )  # what engines are given: the file's path, or where `rl/weight_stream.py` serves it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline import plots, report
-from pipeline.report import spearman, write_report
+from pipeline.report import write_report
 from pipeline.report_routers import router_panel
 
 HOSTILE = "</pre></title><script>alert('pwned')</script><img src=x onerror=alert(1)>"
@@ -82,6 +82,8 @@ def whole_run(run_dir: Path) -> None:
               "zero_signal_groups": 1, "levels": {"maths": 2.0 + i}} for i in range(1, 4)]  # fmt: skip
     (climb / "steps.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps) + '{"step": 4, "lo')
     write_curriculum(climb, [("maths/3", 3, i, 2 * i) for i in range(1, 4)])
+    observed = [{"step": i, "entry": "maths/3", "expected": 0.1 * i, "passes": i, "total": 4} for i in range(1, 4)]
+    (climb / "observations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in observed))
     tidy = publish(run_dir, "tidy", ["climb"], 48.0)
     (tidy / "losses.jsonl").write_text(json.dumps({"step": 1, "loss": 0.69, "rewards_margins": 0.1}) + "\n")
     write_rows(tidy / "pairs.parquet", [{"category": "wrong"}] * 3 + [{"category": "truncated"}])
@@ -127,6 +129,7 @@ def test_a_whole_run_shows_its_numbers(tmp_path):
     page = write_report(tmp_path).read_text()
     numbers = ["31.2", "57.4", "+26.2", "26.2 – 36.2", "6 min 42 s", "7.5 M", "−1.00", "0.25", "cccccccc", "c0ffeec0"]
     words = ["2 were kept and 2 pruned", "pruned as easier", "4 pairs: 3 wrong, 1 truncated", "largest gain in maths"]
+    words += ['that came (Spearman) <b class="number">1.00', 'calibration error <b class="number">0.300']
     words += ["small", "finished", "cached", "1 versions old; the bound is 2", "✗ wrong", "✓ right"]
     for shown in numbers + words:
         assert shown in page, shown
@@ -242,14 +245,6 @@ def test_a_file_in_an_unknown_shape_is_noted(tmp_path):
     (tmp_path / "keep" / "verdicts.parquet").write_bytes(b"not parquet")
     page = write_report(tmp_path).read_text()
     assert "score: cannot be drawn" in page and "keep/verdicts.parquet: " in page and "Online RL" in page
-
-
-def test_spearman_by_hand():
-    assert spearman([1, 2, 3, 4], [10, 20, 30, 40]) == pytest.approx(1.0)
-    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
-    # Ranks 0, 1, 2 and 0.5, 0.5, 2: covariance 1.5, variances 2 and 1.5.
-    assert spearman([1, 2, 3], [5, 5, 9]) == pytest.approx(1.5 / (2 * 1.5) ** 0.5)
-    assert spearman([1, 1, 1], [1, 2, 3]) is None
 
 
 def test_plots_escape_their_words_and_survive_odd_numbers():

@@ -165,7 +165,9 @@ def train(folder: Path, seed: int, max_staleness: int, deaths: Deaths, loop_clas
                 weights_path="/nonexistent/v{version}", save_every=2, seed=seed,
             ),
             TaskPool(
-                task_of=lambda entry, slot, turn: Task(task_id=f"{slot}", domain="maths", level=1, prompt="", verifier="text"),
+                task_of=lambda _, slot, turn: Task(
+                    task_id=f"{slot}", domain="maths", level=1, prompt="", verifier="text"
+                ),
                 encode=lambda prompt: [1], decode=lambda ids: "",
                 grade=lambda task, text: Score(next(scores), "in turn"),
             ),
