@@ -263,7 +263,7 @@ class Actor:
 
     def _lost(self, method: str, error: BaseException) -> ActorGone:
         cause = " ".join(str(error).split())
-        return ActorGone(f"actor {self.name} died during {method}: {cause}\n{self.last_lines()}")
+        return ActorGone(f"actor {self.name} died during {method}\n{cause}\n{self.last_lines()}")
 
     def last_lines(self) -> str:
         """The end of the actor's log, headed by where it lies."""

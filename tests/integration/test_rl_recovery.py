@@ -42,6 +42,8 @@ def test_a_killed_generator_is_replaced_and_a_killed_run_goes_on_with_every_task
     died = wait_for(process, run_dir, lambda event: event["event"] == "generator_died", after=began, log=log)
     up = wait_for(process, run_dir, lambda event: event["event"] == "generator_up", after=died["time"], log=log)
     assert up["incarnation"] == 1
+    told = died["reason"].split("\n")[0]  # to people and in metrics
+    assert told in {f"actor generator-0 died during {call}" for call in ("sample", "take_weights")}
     wait_for(process, run_dir, at_step(7), after=up["time"], log=log)
     kill(process)  # the whole run, with -9
     assert not (run_dir / "climb").exists()
