@@ -102,17 +102,11 @@ def _generated_tasks(source: GeneratedTasks, seed: int, dropped: Counter[str]) -
 
 
 def _dataset_examples(source: DatasetTasks, dropped: Counter[str]) -> list[Example]:
-    prompt_column, answer_column = COLUMNS[source.format]
-    prompt_column, answer_column = source.prompt_column or prompt_column, source.answer_column or answer_column
-    read = {"gsm8k": _gsm8k, "humaneval": _humaneval, "prompt_answer": _prompt_answer}[source.format]
-    wanted = [prompt_column, answer_column, *(["test", "entry_point"] if source.format == "humaneval" else [])]
-
+    rows = ((f"{source.dataset}, record {number}", row) for number, row in enumerate(_rows(source), start=1))
+    read = _own_examples(rows) if source.format == "examples" else _foreign_examples(source, rows)
     examples: list[Example] = []
     seen: set[str] = set()
-    for number, row in enumerate(_rows(source)):
-        where = f"{source.dataset}, record {number + 1}"
-        _require_columns(row, wanted, where)
-        example = read(row, row[prompt_column], row[answer_column], f"{source.format}/{number}", where)
+    for example in read:
         if split_of(example.task.prompt) != source.split:
             dropped["rows_of_other_split"] += 1
             continue
@@ -126,6 +120,25 @@ def _dataset_examples(source: DatasetTasks, dropped: Counter[str]) -> list[Examp
     if not examples:
         raise DataError(f"{source.dataset}: no {source.format} task on the {source.split} side")
     return examples
+
+
+def _own_examples(rows: Iterable[tuple[str, Record]]) -> Iterator[Example]:
+    for where, row in rows:
+        try:
+            yield example_from_json(row)
+        except (TypeError, KeyError) as error:
+            raise DataError(f"{where}: not an example of ours ({error})") from error
+
+
+def _foreign_examples(source: DatasetTasks, rows: Iterable[tuple[str, Record]]) -> Iterator[Example]:
+    """Each row by the reader of its format."""
+    prompt_column, answer_column = COLUMNS[source.format]
+    prompt_column, answer_column = source.prompt_column or prompt_column, source.answer_column or answer_column
+    read = {"gsm8k": _gsm8k, "humaneval": _humaneval, "prompt_answer": _prompt_answer}[source.format]
+    wanted = [prompt_column, answer_column, *(["test", "entry_point"] if source.format == "humaneval" else [])]
+    for number, (where, row) in enumerate(rows):
+        _require_columns(row, wanted, where)
+        yield read(row, row[prompt_column], row[answer_column], f"{source.format}/{number}", where)
 
 
 def _gsm8k(row: Record, question: str, solution: str, task_id: str, where: str) -> Example:
@@ -249,13 +262,7 @@ def write_examples(path: Path, examples: Iterable[Example]) -> None:
 
 def read_examples(path: Path) -> list[Example]:
     """Raises DataError naming the file and record that is not an example."""
-    examples = []
-    for number, record in enumerate(read_jsonl(path)):
-        try:
-            examples.append(example_from_json(record))
-        except (TypeError, KeyError) as error:
-            raise DataError(f"{path}, record {number + 1}: not an example of ours ({error})") from error
-    return examples
+    return list(_own_examples((f"{path}, record {i}", row) for i, row in enumerate(read_jsonl(path), start=1)))
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:

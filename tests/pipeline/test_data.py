@@ -115,6 +115,14 @@ def test_plain_columns_by_any_name(tmp_path: Path) -> None:
     assert {example.answer for example in examples} == {"I think.\nAnswer: Paris", "Answer: red"}
 
 
+def test_a_stage_reads_the_examples_that_another_wrote_with_their_levels_and_verifiers(tmp_path: Path) -> None:
+    written = load_examples(GeneratedTasks(domains=["maths", "code"], tasks_per_level=2), ExampleMix(), seed=0)
+    write_examples(tmp_path / "kept.jsonl.gz", written)
+    source = dataset(str(tmp_path / "kept.jsonl.gz"), format="examples")
+    assert load_examples(source, ExampleMix(), seed=0) == written
+    assert {task.level for task in load_tasks(source, seed=0)} == set(range(1, 11))
+
+
 # --- what is wrong with data --------------------------------------------------------------------------------------
 
 
@@ -144,6 +152,12 @@ def test_broken_content_is_a_data_error(tmp_path: Path, text: str | bytes, words
     assert str(path) in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_a_record_that_is_no_example_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"task": {"prompt": "1?"}}])
+    with pytest.raises(DataError, match="record 1: not an example of ours"):
+        load_tasks(dataset(path, format="examples"), seed=0)
 
 
 def test_truncated_and_false_gzip_and_parquet_are_data_errors(tmp_path: Path) -> None:
