@@ -65,8 +65,9 @@ class DatasetTasks(Section):
     """Tasks from a file (.jsonl, .jsonl.gz, .json, .parquet) or a Hugging Face hub id."""
 
     dataset: str = Field(description="a file, or a hub id such as openai/gsm8k; of a list, the first that exists")
-    format: Literal["gsm8k", "humaneval", "prompt_answer"] = Field(
-        description="gsm8k: number after ####; humaneval: unit tests; prompt_answer: two plain columns"
+    format: Literal["gsm8k", "humaneval", "prompt_answer", "examples"] = Field(
+        description="gsm8k: number after ####; humaneval: unit tests; prompt_answer: two plain columns; examples: "
+        "tasks of any domain, level and verifier, as a judge_filter stage writes them"
     )
     prompt_column: str | None = Field(None, description="overrides the column the format implies")
     answer_column: str | None = Field(None, description="overrides the column the format implies")
@@ -215,6 +216,23 @@ class SftStage(Stage):
         return self.router.idle_keys()
 
 
+Source = Literal["generators", "combine", "go_on", "extend", "wrap"]
+
+
+class RenewalSettings(Section):
+    """New prompts for a data set's pool, made at the policy's frontier: `rl/renewal.py`."""
+
+    every_steps: PositiveInt = Field(5, description="steps between two helpings of new prompts")
+    prompts: PositiveInt = Field(32, description="new prompts in a helping, at most")
+    synthetic_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
+        0.3, description="of the pool that may be made up, at most"
+    )
+    sources: list[Source] = Field(
+        list(get_args(Source)), min_length=1, description="generators: our domains' own, in pools of those; the others "
+        "start from solved prompts: combine two numbers, go_on with a number, extend a function, wrap its value",
+    )  # fmt: skip
+
+
 SAMPLERS = ("uniform", "pools", "thompson")
 GATES = ("none", "dapo", "speed")
 Answers = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -255,6 +273,14 @@ class CurriculumSettings(Section):
     screen: Annotated[int, Field(ge=2)] = Field(4, description="answers that gate speed samples first")
     rare_answers: Answers = Field(
         4.0, description="gate speed goes on, whatever the first few say, where less than that many answers are known"
+    )
+    replay_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="steps after its own in which a group with signal is trained on again, as long as no token of "
+        "it is staler than max_staleness",
+    )
+    renew: RenewalSettings | None = Field(
+        None, description="let the pool grow with the policy; null: it stays as it is"
     )
     allocator: Literal["fixed", "knapsack"] = Field(
         "fixed", description="fixed: group_size each; knapsack: the same tokens, where they promise most signal"
@@ -361,6 +387,9 @@ class OnlineRlStage(Stage):
     save_every_steps: Annotated[int, Field(ge=0)] = Field(
         10, description="steps between two states that a killed run goes on from; 0: it begins again"
     )
+    checkpoint_every_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between two checkpoints that are kept, in checkpoints/step-…, to evaluate; 0: the last"
+    )
     max_answer_tokens: PositiveInt = 160
     temperature: PositiveFloat = 1.0
     learning_rate: PositiveFloat = 2e-4
@@ -404,7 +433,10 @@ class OnlineRlStage(Stage):
         idle = self.router.idle_keys() | self.objective.idle_keys() | self.curriculum.idle_keys()
         if not isinstance(self.tasks, DatasetTasks):
             idle["tasks.tasks_per_level"] = "the curriculum draws generated tasks without end"
+            idle["curriculum.renew"] = "the curriculum draws generated tasks without end, of every level"
             idle["curriculum.neighbour_strength"] = "each level of generated tasks is measured as a whole"
+        if self.max_staleness == 0:
+            idle["curriculum.replay_steps"] = "at max_staleness 0 every token of an earlier step is too old"
         return idle
 
 

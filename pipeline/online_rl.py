@@ -1,10 +1,11 @@
 """Stage `online_rl`: brings engines and learner up, hands the loop what it needs, and writes down what happened.
 
-Artifacts: `checkpoint/`, `rollouts.parquet` (every answer), `steps.jsonl` (a row of metrics a step), `curriculum.jsonl`
-(after every step the posterior of every domain and level, and of the prompts it asked), `observations.jsonl` (of every
-group what was expected, what came, and of which version). A run that was killed goes on from the latter three and from
-what lies in the scratch folder, to the very end: `state/` (the newest of `rl/run_state.py`) and `rollouts/` (a file a
-step).
+Artifacts: `checkpoint/`, where asked for `checkpoints/step-…/` of steps on the way, `rollouts.parquet` (every answer),
+`steps.jsonl` (a row of metrics a step), `curriculum.jsonl` (after every step the posterior of every domain and level,
+and of the prompts it asked), `observations.jsonl` (of every group what was expected, what came, and of which version),
+`renewed.jsonl` (every prompt that was added to the pool: its source, its parents, the task). A run that was killed goes
+on from the latter four and from what lies in the scratch folder, to the very end: `state/` (the newest of
+`rl/run_state.py`) and `rollouts/` (a file a step).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 from model.disk import naming, remove, sync
 from pipeline import own_class
 from pipeline.cluster import Actor, ActorFailed
-from pipeline.config import DatasetTasks, GeneratedTasks, OnlineRlStage, TaskSource
+from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks, task_to_json
 from pipeline.engines import engine_settings
 from pipeline.stage import SCRATCH, DataError, GateStopped, InfrastructureError, StageContext
@@ -34,6 +35,7 @@ from rl.difficulty import DifficultyRules, Entries
 from rl.health import HealthMonitor
 from rl.learner import LearnerSettings, PolicyLearner
 from rl.loop import AsyncLoop, HealthStop, LoopSettings, StepRecord, TaskPool
+from rl.renewal import Renewal, RenewalRules
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import (
     GeneratorGone,
@@ -49,7 +51,10 @@ from rl.types import (
 
 T = TypeVar("T")
 GRADER_THREADS = 2
-STEPS, CURRICULUM, OBSERVATIONS = LOGS = ("steps.jsonl", "curriculum.jsonl", "observations.jsonl")
+STEPS, CURRICULUM, OBSERVATIONS, RENEWED = LOGS = (
+    "steps.jsonl", "curriculum.jsonl", "observations.jsonl", "renewed.jsonl",
+)  # fmt: skip
+CHECKPOINTS = "checkpoints"
 PARQUET_BUFFER = 1 << 20  # bytes; pyarrow itself writes every page and header apart
 HARDEST, EASIEST = 5.0, 1.0  # a judge's scores: `judges/verdict.py`
 TURN_SEEDS = 2**64  # generated tasks of a slot's turns are that far apart: further than slots of any run
@@ -69,7 +74,11 @@ def run(context: StageContext) -> dict[str, Any]:
     cluster.prestart_generators(engine, architecture_digest(checkpoint))
     tokenizer = load_tokenizer(checkpoint)
     room = engine.max_model_len - stage.max_answer_tokens
-    pool = task_pool(stage.tasks, context.seed, lambda task: len(encode_prompt(tokenizer, task.prompt)) <= room)
+
+    def fits(task: Task) -> bool:
+        return len(encode_prompt(tokenizer, task.prompt)) <= room
+
+    pool = task_pool(stage.tasks, context.seed, fits)
     if pool.num_too_long:
         context.emit("note", text=f"{pool.num_too_long} prompts are longer than {room} tokens and are left out")
     if not pool.cells:
@@ -88,19 +97,20 @@ def run(context: StageContext) -> dict[str, Any]:
 
         with Sandbox() as sandbox, ThreadPoolExecutor(GRADER_THREADS, "grader") as graders:
             _remove_remains(context.work)
+            checkpoints = context.work / CHECKPOINTS
             states = RunStates(context.scratch / "state")
             newest = states.newest()
             log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
             states.before_publish = log.sync
             loop = AsyncLoop(
-                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, context.seed),
+                loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, checkpoints, context.seed),
                 TaskPool(
                     task_of=pool.task_of,
                     encode=lambda prompt: encode_prompt(tokenizer, prompt),
                     decode=lambda ids: decode_answer(tokenizer, ids),
                     grade=lambda task, text: grade(task, text, sandbox),
                 ),
-                curriculum_of(stage, pool, context),
+                curriculum_of(stage, pool, context, fits),
                 [RemoteGenerator(actor, stage.deadline_s, replace_generator) for actor in actors],
                 RemoteLearner(learners, stage.deadline_s),
                 graders,
@@ -129,7 +139,7 @@ def run(context: StageContext) -> dict[str, Any]:
 def _remove_remains(work: Path) -> None:
     """What a killed run left beside what a resumed one goes on from: a checkpoint that was being written, say."""
     for path in work.iterdir():
-        if path.name not in (SCRATCH, *LOGS):
+        if path.name not in (SCRATCH, CHECKPOINTS, *LOGS):
             remove(path) if path.is_dir() else path.unlink()
 
 
@@ -260,6 +270,10 @@ class StepLog:
                 "total": one.total, "size": one.choice.size, "kept": one.kept,
             }
             for one in record.outcomes
+        ])  # fmt: skip
+        self._append(RENEWED, [
+            {"step": record.step, "source": new.source, "parents": list(new.parents), "task": task_to_json(new.task)}
+            for new in record.renewed
         ])  # fmt: skip
         metrics = record.metrics
         self.context.progress(
@@ -403,7 +417,9 @@ def learner_settings(
     return [replace(first, rank=rank) for rank in range(first.world_size)]
 
 
-def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path, seed: int) -> LoopSettings:
+def loop_settings(
+    stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared: Path, checkpoints: Path, seed: int
+) -> LoopSettings:
     return LoopSettings(
         groups_per_step=stage.groups_per_step,
         num_steps=stage.steps,
@@ -418,6 +434,9 @@ def loop_settings(stage: OnlineRlStage, stop_token_ids: tuple[int, ...], shared:
         weights_path=str(shared / "v{version}.safetensors"),
         sync_every=stage.sync_every_steps,
         save_every=stage.save_every_steps,
+        replay_steps=stage.curriculum.replay_steps,
+        checkpoint_every=stage.checkpoint_every_steps,
+        checkpoint_path=str(checkpoints / "step-{step:06}"),
         seed=seed,
     )
 
@@ -431,12 +450,12 @@ class Pool:
 
     cells: dict[str, tuple[str, int]]  # the curriculum's entry → (domain, level)
     task_of: Callable[[str, int, int], Task]  # (entry, slot, turn) → task
-    prompts: Mapping[str, str] = field(default_factory=dict)  # entry → prompt, where an entry is one
-    num_too_long: int = 0  # prompts left out
+    tasks: dict[str, Task] = field(default_factory=dict)  # entry → its task, where it has but one
+    num_too_long: int = 0  # tasks left out
 
     @property
     def endless(self) -> bool:
-        return not self.prompts
+        return not self.tasks
 
 
 def task_pool(source: TaskSource, seed: int, fits: Callable[[Task], bool]) -> Pool:
@@ -448,7 +467,7 @@ def task_pool(source: TaskSource, seed: int, fits: Callable[[Task], bool]) -> Po
         return Pool(
             cells={name: (task.domain, task.level) for name, task in kept.items()},
             task_of=lambda entry, slot, turn: kept[entry],
-            prompts={name: task.prompt for name, task in kept.items()},
+            tasks=kept,
             num_too_long=len(tasks) - len(kept),
         )
     assert isinstance(source, GeneratedTasks)
@@ -464,13 +483,30 @@ def task_pool(source: TaskSource, seed: int, fits: Callable[[Task], bool]) -> Po
     return Pool(cells=cells, task_of=task_of)
 
 
-def curriculum_of(stage: OnlineRlStage, pool: Pool, context: StageContext) -> Curriculum:
+def curriculum_of(
+    stage: OnlineRlStage, pool: Pool, context: StageContext, fits: Callable[[Task], bool]
+) -> Curriculum:  # fmt: skip
     rules, settings = curriculum_rules(stage), stage.curriculum
     judged = judged_rates(pool, context.inputs[settings.judge] / "verdicts.parquet") if settings.judge else None
     entries = Entries(pool.cells, endless=pool.endless, judged=judged)
     sampler = SAMPLERS.get(settings.sampler) or own_class.load(settings.sampler)
     gate = GATES.get(settings.gate) or own_class.load(settings.gate)
-    return Curriculum(entries, rules, sampler(rules), gate(rules), context.seed)
+    renewal = None
+    if settings.renew is not None:
+        how = settings.renew
+        renewal_rules = RenewalRules(
+            every=how.every_steps, prompts=how.prompts, share=how.synthetic_share, sources=tuple(how.sources),
+            band=rules.band,
+        )  # fmt: skip
+        renewal = Renewal(renewal_rules, pool.tasks, held_out_prompts(context), fits, context.seed)
+    return Curriculum(entries, rules, sampler(rules), gate(rules), context.seed, renewal)
+
+
+def held_out_prompts(context: StageContext) -> Iterator[str]:
+    """Of every set that this recipe evaluates on."""
+    for stage in context.recipe.stages:
+        if isinstance(stage, EvaluateStage):
+            yield from (task.prompt for task in load_tasks(stage.tasks, context.seed))
 
 
 def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
@@ -512,5 +548,6 @@ def judged_rates(pool: Pool, verdicts: Path) -> dict[str, float]:
         if row["prompt"] in rates:
             by_cell[row["domain"], row["level"]].append(rates[row["prompt"]])
     means = {cell: sum(some) / len(some) for cell, some in by_cell.items()}
-    found = {name: rates.get(pool.prompts.get(name, ""), means.get(cell)) for name, cell in pool.cells.items()}
+    own = {name: rates[task.prompt] for name, task in pool.tasks.items() if task.prompt in rates}
+    found = {name: own.get(name, means.get(cell)) for name, cell in pool.cells.items()}
     return {name: rate for name, rate in found.items() if rate is not None}

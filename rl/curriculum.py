@@ -7,6 +7,7 @@
                       rl/allocation.py   how many answers
     first, verdict ──▶ rl/gates.py       a few answers or all, and what becomes of a group
     learn(outcomes) ──▶ posteriors, states (their changes), floors, gate
+                      rl/renewal.py      new prompts, where the pool shall grow with the policy
 
 **What is planned for a step depends on the steps before it alone.** A step is planned once, as a whole, from what was
 known when the learner was at the version for which it is planned, with random numbers keyed by (seed, its first slot,
@@ -42,6 +43,7 @@ from rl.difficulty import (
 )
 from rl.domain_mix import DomainMix
 from rl.gates import Choice, Dapo, Gate, Open, Outcome, Speed, Verdict
+from rl.renewal import NewTask, Renewal
 from rl.samplers import Candidates, Pools, Sampler, Thompson, Uniform
 
 SAMPLERS: dict[str, Callable[[CurriculumRules], Sampler]] = {
@@ -75,14 +77,22 @@ class CurriculumRules:
 class Curriculum:
     """Of one run. Steps are planned in order, and taken in order."""
 
-    def __init__(self, entries: Entries, rules: CurriculumRules, sampler: Sampler, gate: Gate, seed: int) -> None:
+    def __init__(
+        self, entries: Entries, rules: CurriculumRules, sampler: Sampler, gate: Gate, seed: int,
+        renewal: Renewal | None = None,
+    ) -> None:  # fmt: skip
         self.entries, self.rules, self.sampler, self.gate, self.seed = entries, rules, sampler, gate, seed
+        self.renewal = renewal
+        self.renewed: list[NewTask] = []  # added by the last `learn`
         self.difficulty = Difficulty(entries, rules.difficulty)
         self.mix = DomainMix(entries.domains, rules.domain_floor)
         self.sampled: Counter[str] = Counter()  # entry → groups begun with it
         self.answer_tokens: dict[str, float] = {}  # domain → mean length of its answers of late
-        self._ids_of = [np.nonzero(entries.domain == domain)[0] for domain in range(len(entries.domains))]
+        self._ids_of = self._by_domain()
         self._open = np.zeros(len(entries), np.int32)  # choices that are planned and not yet learnt from
+
+    def _by_domain(self) -> list[Ids]:
+        return [np.nonzero(self.entries.domain == domain)[0] for domain in range(len(self.entries.domains))]
 
     @property
     def turns(self) -> int:
@@ -193,7 +203,19 @@ class Curriculum:
         self.mix.learn(trained)
         self.gate.learn(outcomes)
         seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in outcomes]
-        return self.difficulty.learn(version, seen_now)
+        changes = self.difficulty.learn(version, seen_now)
+        if self.renewal is not None:
+            self.renewal.learn(outcomes)
+            self.renewed = self.renewal.renew(version, self.difficulty)
+            self._add(self.renewed)
+        return changes
+
+    def _add(self, new: Sequence[NewTask]) -> None:
+        if new:
+            self.entries.add({one.task.task_id: (one.task.domain, one.task.level) for one in new})
+            self.difficulty.grow()
+            self._open = np.append(self._open, np.zeros(len(new), np.int32))
+            self._ids_of = self._by_domain()
 
     def domain_of(self, entry: str) -> str:
         return self.entries.domains[self.entries.domain[self.entries.id_of[entry]]]
@@ -201,6 +223,8 @@ class Curriculum:
     def metrics(self) -> dict[str, Any]:
         """Of a step's row."""
         parts = {"sampler": self.sampler.metrics(), "gate": self.gate.metrics()}
+        if self.renewal is not None:
+            parts["renewal"] = self.renewal.metrics()
         shares = {domain: round(share, 4) for domain, share in self.mix.shares().items()}
         return {f"{part}/{name}": value for part, metrics in parts.items() for name, value in metrics.items()} | {
             "states": self.difficulty.counts(), "trained_shares": shares
@@ -235,9 +259,12 @@ class Curriculum:
             "difficulty": self.difficulty.to_json(), "mix": self.mix.state(), "sampler": self.sampler.state(),
             "gate": self.gate.state(), "sampled": dict(self.sampled), "answer_tokens": dict(self.answer_tokens),
             "open": {self.entries.names[i]: int(self._open[i]) for i in np.nonzero(self._open)[0]},
+            "renewal": self.renewal.state() if self.renewal is not None else None,
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
+        if self.renewal is not None:
+            self._add(self.renewal.restore(state["renewal"]))
         self.difficulty.restore(state["difficulty"])
         self.mix.restore(state["mix"])
         self.sampler.restore(state["sampler"])

@@ -63,9 +63,26 @@ class Entries:
         cell_ids = {cell: i for i, cell in enumerate(self.cells)}
         self.domain: Ids = np.array([domain_ids[domain] for domain, _ in cells.values()])
         self.cell: Ids = np.array([cell_ids[cell] for cell in cells.values()])
-        self.easier: Ids = np.array([cell_ids.get((domain, level - 1), -1) for domain, level in self.cells])
+        self.easier = self._easier()
         judged = judged or {}
         self.judged: Floats = np.array([judged.get(name, np.nan) for name in self.names])
+
+    def _easier(self) -> Ids:
+        """Of each cell, the one a level below, or -1."""
+        cell_ids = {cell: i for i, cell in enumerate(self.cells)}
+        return np.array([cell_ids.get((domain, level - 1), -1) for domain, level in self.cells])
+
+    def add(self, cells: Mapping[str, tuple[str, int]]) -> None:
+        """More entries, of domains that are here already."""
+        for name, cell in cells.items():
+            self.id_of[name] = len(self.names)
+            self.names.append(name)
+            if cell not in self.cells:
+                self.cells.append(cell)
+        self.domain = np.append(self.domain, [self.domains.index(domain) for domain, _ in cells.values()])
+        self.cell = np.append(self.cell, [self.cells.index(cell) for cell in cells.values()])
+        self.judged = np.append(self.judged, np.full(len(cells), np.nan))
+        self.easier = self._easier()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -112,6 +129,18 @@ class Difficulty:
         self.state = np.zeros(count, np.int8)
         self.due = np.full(count, NEVER, np.int32)  # version at which a retired or parked entry is tested again
         self.watched = np.zeros(count)  # its neighbours' pass rate when it was parked
+
+    def grow(self) -> None:
+        """Entries were added: they are new."""
+        more = len(self.entries) - len(self.state)
+        self.passes, self.fails, self.watched = (
+            np.append(column, np.zeros(more)) for column in (self.passes, self.fails, self.watched)
+        )
+        self.tried, self.state = (
+            np.append(column, np.zeros(more, column.dtype)) for column in (self.tried, self.state)
+        )
+        self.seen = np.append(self.seen, np.full(more, -1, np.int32))
+        self.due = np.append(self.due, np.full(more, NEVER, np.int32))
 
     # --- posteriors --------------------------------------------------------------------------------------------------
 

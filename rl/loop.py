@@ -41,6 +41,8 @@ from rl.gates import Outcome, Verdict, has_signal
 from rl.health import Finding, HealthMonitor, is_looping
 from rl.losses import Advantage, group_advantages, overlong_penalty
 from rl.places import Part, Place
+from rl.renewal import NewTask
+from rl.replay import Replayable, to_replay
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import (
     Generator,
@@ -79,7 +81,10 @@ class LoopSettings:
     overlong_buffer: int = 0  # tokens
     weights_path: str  # where the learner publishes, memory-backed: "{version}" is filled in
     sync_every: int = 1  # steps
+    replay_steps: int = 0  # after its own, in which a group is trained on again; 0: never
     save_every: int = 0  # steps; 0: never
+    checkpoint_every: int = 0  # steps; 0: never
+    checkpoint_path: str = ""  # "{step}" is filled in
     seed: int = 0
 
 
@@ -102,6 +107,7 @@ class StepRecord:
     groups: Sequence[RolloutGroup]  # trained on
     discarded: Sequence[RolloutGroup]  # sampled for the step's slots and not trained on
     outcomes: Sequence[Outcome]  # of all of these, in the order of slots
+    renewed: Sequence[NewTask]  # added to the pool after it
     curriculum: Curriculum
 
 
@@ -134,6 +140,7 @@ class AsyncLoop:
         self.bounds = protocol.Bounds(settings.groups_per_step, settings.max_staleness, settings.sync_every)
         self.places: dict[int, Place] = {}  # slot → planned before it is needed; gone once trained on
         self.num_planned = 0  # steps
+        self.replayable: list[Replayable] = []  # trained on of late, with signal
         # Slot, attempt → what is on its way to the controller.
         self.answered: dict[tuple[int, int], tuple[Part, Verdict]] = {}
         self.together: dict[tuple[int, int], tuple[str, int]] = {}  # slot, attempt → the batch that it is sampled in
@@ -158,6 +165,7 @@ class AsyncLoop:
         await self.learner.load_state(learner_state)
         self.curriculum.restore(state.curriculum)
         self.places = dict(state.places)
+        self.replayable = list(state.replayable)
         self.num_planned = state.protocol.version + len(self.places) // self.settings.groups_per_step
         self.generated_tokens, self.trained_tokens = state.generated_tokens, state.trained_tokens
         self.controller = self._controller(state.protocol)
@@ -325,7 +333,11 @@ class AsyncLoop:
         for key in [key for key in self.answered if key[0] in slots]:
             late, _ = self.answered.pop(key)  # came after its generator had been given up
             self.on_lost(late.group())
-        batch, trained = self._batch(step, [place.group for place in places if place.group])
+        fresh = [place.group for place in places if place.group]
+        again = to_replay(
+            self.replayable, step, for_steps=self.settings.replay_steps, max_staleness=self.settings.max_staleness
+        )
+        batch, trained = self._batch(step, [*fresh, *(one.group for one in again)])
         report = await self.learner.step(batch, self._path(step + 1))
         assert report.published is not None
         self.published[step + 1] = report.published
@@ -334,15 +346,22 @@ class AsyncLoop:
             raise GradientNotFinite(f"step {step}: gradient norm is {norm}; lower learning_rate or look at the batch")
         if step == 0:
             self.on_event("first_step")
+        if self.settings.replay_steps:
+            self.replayable = [*again, *(Replayable(step=step, group=one) for one in fresh if trained[one.group_id])]
         outcomes = [one for slot, place in zip(slots, places) for one in _outcomes(slot, place, trained)]
         planned = [choice for place in places for choice in place.choices]
         for change in self.curriculum.learn(step + 1, outcomes, planned):
             self.on_event("task_state", step=step + 1, **asdict(change))
+        if self.curriculum.renewed:
+            sources = Counter(new.source for new in self.curriculum.renewed)
+            self.on_event("pool_renewed", step=step + 1, prompts=dict(sources))
         self._plan_up_to(step + 1 + self.bounds.max_staleness)
         self.trained_tokens += report.trained_tokens
         for text in report.extras.get("notes", ()):
             self.on_event("note", text=text)
-        self._record(step, places, outcomes, report, waited)
+        self._record(step, places, outcomes, report, waited, num_replayed=len(again))
+        if self.settings.checkpoint_every and (step + 1) % self.settings.checkpoint_every == 0:
+            await self.learner.save(self.settings.checkpoint_path.format(step=step + 1))
         return protocol.StepDone(report.version, report.published.digest)
 
     def _batch(self, step: int, groups: Sequence[RolloutGroup]) -> tuple[TrainBatch, dict[str, int]]:
@@ -378,8 +397,9 @@ class AsyncLoop:
         )
 
     def _record(
-        self, step: int, places: Sequence[Place], outcomes: Sequence[Outcome], report: StepReport, waited: float
-    ) -> None:
+        self, step: int, places: Sequence[Place], outcomes: Sequence[Outcome], report: StepReport, waited: float,
+        *, num_replayed: int,
+    ) -> None:  # fmt: skip
         now = time.perf_counter()
         seconds = now - self.timings.last_step_end
         kept = [place.group for place in places if place.group]
@@ -412,6 +432,7 @@ class AsyncLoop:
             "loop_lag_s": self.timings.loop_lag_s,
             "groups": len(groups),
             "groups_discarded": len(discarded),
+            "groups_replayed": num_replayed,
             "empty_slots": len(places) - len(kept),
             "answers_per_group": len(rollouts) / len(groups),
             "groups_lost": dict(self.controller.lost),
@@ -431,7 +452,7 @@ class AsyncLoop:
         self.timings.generated_tokens, self.timings.last_step_end, self.timings.loop_lag_s = 0, now, 0.0
         record = StepRecord(
             step=step + 1, metrics=metrics, groups=kept, discarded=discarded, outcomes=outcomes,
-            curriculum=self.curriculum,
+            renewed=self.curriculum.renewed, curriculum=self.curriculum,
         )  # fmt: skip
         self.on_step(record)
         self._act_on(self.health.observe(metrics), step + 1)
@@ -451,6 +472,7 @@ class AsyncLoop:
             protocol=state,
             curriculum=self.curriculum.state(),
             places={slot: copy(place) for slot, place in self.places.items()},
+            replayable=self.replayable,
             generated_tokens=self.generated_tokens,
             trained_tokens=self.trained_tokens,
         )

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter
 from model.disk import naming, remove, sync
 from rl.controller import State
 from rl.places import Place
+from rl.replay import Replayable
 
 LOOP = "loop.json"
 LEARNER = "learner.pt"
@@ -30,6 +31,7 @@ class RunState:
     protocol: State
     curriculum: dict[str, Any]  # `Curriculum.state()`
     places: dict[int, Place]  # slot → its tasks, groups and parts; those that were not trained on yet
+    replayable: list[Replayable]
     generated_tokens: int
     trained_tokens: int
 

@@ -191,6 +191,10 @@ class Learner(Protocol):
         """Write the weights as engines shall have them."""
         ...
 
+    async def save(self, directory: str) -> None:
+        """Write a complete checkpoint."""
+        ...
+
     async def save_state(self, path: str) -> None:
         """Write all that the next step depends on."""
         ...

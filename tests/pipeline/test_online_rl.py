@@ -72,7 +72,7 @@ def test_prompts_of_a_data_set_are_entries_of_one_cell(tmp_path: Path) -> None:
     pool = task_pool(source, 1, lambda task: task.prompt != "what is 1?")
     assert not pool.endless and set(pool.cells.values()) == {("reasoning", 0)} and pool.num_too_long in (0, 1)
     name = next(iter(pool.cells))
-    assert pool.task_of(name, 0, 0) is pool.task_of(name, 9, 2) and pool.prompts[name].startswith("what is")
+    assert pool.task_of(name, 0, 0) is pool.task_of(name, 9, 2) and pool.tasks[name].prompt.startswith("what is")
 
 
 def test_a_judges_scores_become_pass_rates(tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_a_judges_scores_become_pass_rates(tmp_path: Path) -> None:
     assert judged_rates(levels, tmp_path / "verdicts.parquet") == {"maths/1": (1.0 + 0.25) / 2, "maths/2": 0.0}
     prompts = Pool(
         cells={"p0": ("maths", 1), "p1": ("maths", 1), "p2": ("maths", 9)}, task_of=lambda *_: None,
-        prompts={"p0": "b", "p1": "never judged", "p2": "never judged either"},
+        tasks={"p0": asked("b"), "p1": asked("never judged"), "p2": asked("never judged either")},
     )  # fmt: skip
     assert judged_rates(prompts, tmp_path / "verdicts.parquet") == {"p0": 0.25, "p1": 0.625}
     context = SimpleNamespace(inputs={"keep": tmp_path}, seed=1)
-    chosen = curriculum_of(stage(judge="keep", judge_strength=10.0), levels, context)
+    chosen = curriculum_of(stage(judge="keep", judge_strength=10.0), levels, context, fits)
     assert list(zip(*chosen.difficulty.posterior(chosen.entries.cell))) == [(7.25, 4.75), (1.0, 11.0), (1.0, 1.0)]
 
 
@@ -103,6 +103,14 @@ def test_the_control_arm_knows_no_difficulty() -> None:
 # --- what is written down -------------------------------------------------------------------------------------------
 
 
+def asked(prompt: str) -> Task:
+    return Task(task_id=prompt, domain="maths", level=2, prompt=prompt, verifier="number", check={"answer": "2"})
+
+
+def fits(task: Task) -> bool:
+    return True
+
+
 def group(slot: str, scores) -> RolloutGroup:
     task = Task(task_id=f"t{slot}", domain="maths", level=2, prompt="1+1", verifier="number", check={"answer": "2"})
     answer = SampledAnswer(token_ids=[4, 5], logprobs=[-0.1, -0.2], versions=[3, 3], finish_reason="stop")
@@ -112,9 +120,9 @@ def group(slot: str, scores) -> RolloutGroup:
 
 @pytest.mark.parametrize("cells", [{"maths/2": ("maths", 2)}, {"p0": ("maths", 2), "p1": ("maths", 2)}])
 def test_a_step_leaves_its_rollouts_what_its_groups_said_and_the_posteriors(tmp_path: Path, cells) -> None:
-    prompts = {} if "maths/2" in cells else dict.fromkeys(cells, "1+1")
-    pool = Pool(cells=cells, task_of=lambda *_: None, prompts=prompts)
-    curriculum = curriculum_of(stage(gate="dapo", decay=1.0), pool, SimpleNamespace(inputs={}, seed=1))
+    tasks = {} if "maths/2" in cells else dict.fromkeys(cells, asked("1+1"))
+    pool = Pool(cells=cells, task_of=lambda *_: None, tasks=tasks)
+    curriculum = curriculum_of(stage(gate="dapo", decay=1.0), pool, SimpleNamespace(inputs={}, seed=1), fits)
     (turns,) = curriculum.plan(range(1))
     seen = [
         Outcome(slot=0, turn=0, choice=turns[0], passes=0, total=2, version=3, answers=2, tokens=4, trained_tokens=0,
@@ -134,7 +142,7 @@ def test_a_step_leaves_its_rollouts_what_its_groups_said_and_the_posteriors(tmp_
     log.write(
         StepRecord(
             step=5, metrics=metrics, groups=[group("0.1", [1.0, 0.0])], discarded=[group("0", [0.0, 0.0])],
-            outcomes=seen, curriculum=curriculum,
+            outcomes=seen, renewed=[], curriculum=curriculum,
         )
     )  # fmt: skip
     log.close()
@@ -150,7 +158,7 @@ def test_a_step_leaves_its_rollouts_what_its_groups_said_and_the_posteriors(tmp_
     cell = next(row for row in posteriors if row["cell"] == "maths/2")
     assert (cell["step"], cell["sampled"], cell["alpha"], cell["beta"]) == (5, 2, 2.0, 4.0)
     states = [row for row in posteriors if "state" in row]
-    assert {row["cell"] for row in states} == ({turns[0].entry, turns[1].entry} if prompts else {"maths/2"})
+    assert {row["cell"] for row in states} == ({turns[0].entry, turns[1].entry} if tasks else {"maths/2"})
     assert log.summary()["tokens_discarded"] == 4 and log.summary()["signal_share"] == 0.5
     resumed = StepLog(context, 9, pool, after=4)
     resumed.close()

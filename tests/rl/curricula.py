@@ -27,9 +27,9 @@ def prompts(count, domains=("maths", "code"), num_levels=3) -> dict[str, tuple[s
 
 
 def curriculum(
-    cells=None, *, sampler="thompson", gate="none", endless=None, judged=None, seed=1, **changes
+    cells=None, *, sampler="thompson", gate="none", endless=None, judged=None, seed=1, renewal=None, **changes
 ) -> Curriculum:
     endless = cells is None if endless is None else endless
     entries = Entries(cells or levels(), endless=endless, judged=judged)
     some = rules(**changes)
-    return Curriculum(entries, some, SAMPLERS[sampler](some), GATES[gate](some), seed)
+    return Curriculum(entries, some, SAMPLERS[sampler](some), GATES[gate](some), seed, renewal)

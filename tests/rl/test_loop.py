@@ -62,12 +62,14 @@ class LevelGenerator(EchoGenerator):
 
 class CountingLearner:
     def __init__(self):
-        self.batches = []
-
+        self.batches, self.saved = [], []
         self.version = 0
 
     async def publish(self, path):
         return published(self.version)
+
+    async def save(self, directory):
+        self.saved.append((directory, self.version))
 
     async def save_state(self, path):
         Path(path).write_text(str(self.version))
@@ -98,6 +100,8 @@ def run(
     told=None,
     drawn=None,
     records=None,
+    replay_steps=0,
+    checkpoint_every=0,
     **curriculum,
 ):
     settings = LoopSettings(
@@ -111,6 +115,9 @@ def run(
         overlong_penalty=0.0,
         weights_path="/nonexistent/v{version}",
         save_every=save_every,
+        replay_steps=replay_steps,
+        checkpoint_every=checkpoint_every,
+        checkpoint_path="step-{step}",
     )
     drawn = {} if drawn is None else drawn  # (slot, turn) → entry
 
@@ -422,6 +429,30 @@ def test_a_run_that_is_killed_again_and_again_trains_on_every_group_once_and_in_
     if max_staleness == 0:
         assert [history[step] for step in range(8)] == whole.batches
         assert loop.curriculum.state() == uninterrupted.curriculum.state()
+
+
+def test_a_group_with_signal_is_trained_on_again_until_a_token_of_it_is_too_old():
+    learner = CountingLearner()
+    records, _, _ = run(EchoGenerator(), learner, steps=6, max_staleness=2, replay_steps=2)
+    for step, batch in enumerate(learner.batches):
+        oldest = min(version for row in batch.token_versions for version in row)
+        assert step - oldest <= 2
+        assert len(batch.advantages) == 2 * (2 + records[step].metrics["groups_replayed"])
+        assert len(records[step].groups) == 2, "what is replayed is nobody's news"
+    assert [record.metrics["groups_replayed"] for record in records][-1] > 0
+    assert records[-1].metrics["generated_tokens"] == 6 * 2 * 2
+
+
+def test_a_group_without_signal_is_not_replayed():
+    every = lambda task, text: Score(1.0, "ok")  # noqa: E731
+    records, _, _ = run(EchoGenerator(), CountingLearner(), every, steps=4, max_staleness=2, replay_steps=2)
+    assert {record.metrics["groups_replayed"] for record in records} == {0}
+
+
+def test_checkpoints_on_the_way_are_of_the_step_that_they_are_named_after():
+    learner = CountingLearner()
+    run(EchoGenerator(), learner, steps=5, checkpoint_every=2)
+    assert learner.saved == [("step-2", 2), ("step-4", 4)]
 
 
 def test_a_number_past_its_limit_is_told_then_engines_get_their_weights_again_then_the_run_stops():

@@ -10,6 +10,7 @@ from rewards.task import Task
 from rl.controller import State
 from rl.gates import Choice
 from rl.places import Place
+from rl.replay import Replayable
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import Rollout, RolloutGroup, SampledAnswer
 
@@ -28,7 +29,8 @@ def a_state(version: int) -> RunState:
     begun = Place(choices=[first, second], rollouts=a_group(6).rollouts, leased_at=1)
     return RunState(
         protocol=State(version=version, next_slot=7, ready=(5,), lost=(("ungraded", 2),)),
-        curriculum=curriculum().state(), places={5: ready, 6: begun}, generated_tokens=10, trained_tokens=4,
+        curriculum=curriculum().state(), places={5: ready, 6: begun},
+        replayable=[Replayable(step=11, group=a_group(3))], generated_tokens=10, trained_tokens=4,
     )  # fmt: skip
 
 
