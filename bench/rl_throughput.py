@@ -1,31 +1,34 @@
 """What the loop costs on top of the bare engine and the bare model, and where it goes.
 
-    python bench/rl_throughput.py [--steps 16] [--keep FOLDER]
+    python bench/rl_throughput.py [--steps 24] [--keep FOLDER]
 
-First a real run of stage 2 at staleness 4, a core each for generation and learning, with a learning rate so small that
-the policy stays what it is, and tasks so hard that few groups are trained on: the engine always has more to do than it
-can, and the learner waits. Then, on the same cores, alone and both at once,
+A real run of stage 2 at staleness 4, a core each for generation and learning, with a learning rate so small that the
+policy stays what it is, and tasks so hard that few groups are trained on: the engine always has more to do than it
+can, and the learner waits. On the same cores, on what a first such run sampled,
 
-  the engine   is asked for the same groups by nothing but vLLM's own interface, all at once; its rate is that of the
-               middle four fifths of them, so that neither the start nor the last few long answers count;
-  the model    passes the same micro-batches forward and backward: no objective, no gauges, no optimiser;
+  the engine   is asked for the same groups by nothing but vLLM's own interface, more of them than it can hold;
+  the model    passes the same micro-batches forward and backward: no objective, no gauges, no optimiser.
 
-and the learner takes the same batches as in the loop, alone. What both lose by running at once is the machine's; what
-is lost beyond that is ours.
+**They take turns of some seconds with the run**, the one stopped while the other goes on, so that a machine that is
+faster now than a minute ago is so for both. Rates are tokens by the seconds in which a party was not stopped. Last the
+learner takes the batches alone, for the seconds of its parts.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import multiprocessing
 import os
+import signal
 import statistics
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,31 +36,71 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pinned_run  # noqa: E402
+import psutil  # noqa: E402
 import pyarrow.parquet as pq  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from rl_async import recipe  # noqa: E402
 
+TURN_S = 5.0
 EDGE = 4  # steps at either end that are not counted
 BASE = pinned_run.ROOT / "recipes" / "tiny_base"
 
 
-def in_the_loop(run_dir: Path) -> dict[str, float]:
+@dataclass
+class Turns:
+    """Two parties that never run at the same time: of each, how to find its processes, and when it was let run."""
+
+    parties: dict[str, Callable[[], list[int]]]  # name → pids of the roots
+    ran: dict[str, list[tuple[float, float]]] = field(default_factory=lambda: defaultdict(list))
+
+    def take(self, until: Callable[[], bool]) -> None:
+        """Ended by `until`, asked at each turn; leaves both running."""
+        try:
+            for name in itertools.cycle(self.parties):
+                if until():
+                    return
+                for other in self.parties:
+                    self._signal(other, signal.SIGCONT if other == name else signal.SIGSTOP)
+                begin = time.time()
+                time.sleep(TURN_S)
+                self.ran[name].append((begin, time.time()))
+        finally:
+            for name in self.parties:
+                self._signal(name, signal.SIGCONT)
+
+    def _signal(self, name: str, which: signal.Signals) -> None:
+        for pid in self.parties[name]():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                root = psutil.Process(pid)
+                for process in (root, *root.children(recursive=True)):
+                    process.send_signal(which)
+
+    def seconds(self, name: str, begin: float, end: float) -> float:
+        """How long a party ran between two points of time."""
+        return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in self.ran[name])
+
+
+def in_the_loop(run_dir: Path, turns: Turns) -> dict[str, float]:
     """Tokens a second of both sides, in the steps in which both are busy."""
     steps = pinned_run.json_lines(run_dir / "climb" / "steps.jsonl")
-    steady = steps[EDGE:-EDGE]
-    before = steps[EDGE - 1]
-    seconds = sum(step["step_s"] for step in steady)
-    waited = sum(step["step_s"] * step["generator_wait_share"] for step in steady)
+    before, steady = steps[EDGE - 1], steps[EDGE:-EDGE]
+    begin, end = before["time"], steady[-1]["time"]
     generated = steady[-1]["generated_tokens"] - before["generated_tokens"]
     trained = steady[-1]["trained_tokens"] - before["trained_tokens"]
+    learner_s = 0.0
+    for step in steady:
+        stepped = step["time"] - step["publish_ms"] / 1e3
+        learner_s += turns.seconds("loop", stepped - step["learner_step_s"], stepped)
+    waited = sum(step["step_s"] * step["generator_wait_share"] for step in steady) / (end - begin)
+    seconds = turns.seconds("loop", begin, end)
     return {
-        "engine": generated / (seconds - waited),
-        "engine waits": waited / seconds,
-        "learner": trained / sum(step["learner_step_s"] for step in steady),
-        "publish": statistics.fmean(step["publish_ms"] for step in steady),
-        "sync": statistics.fmean(step["sync_ms"] for step in steady) / 1e3 * len(steady) / seconds,
+        "engine": generated / seconds,
+        "engine waits": waited,
+        "learner": trained / learner_s,
+        "sync": statistics.median(step["sync_ms"] for step in steady) / 1e3 * len(steady) / seconds,
+        "seconds": seconds,
     }
 
 
@@ -66,20 +109,13 @@ def rollouts_of(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in rows if EDGE < row["step"]]
 
 
-def on_core(core: int, work: Callable[..., Any], *args: Any) -> Any:
-    """`work(*args)` in a fresh process that has this core alone."""
-    fresh = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, fresh, os.sched_setaffinity, (0, {core})) as pool:
-        return pool.submit(work, *args).result()
+def bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: Path, done: Any) -> None:
+    """vLLM on the prompts of these rollouts, again and again, each once for its whole group, while the file `busy` is
+    there. Puts what it generated into `done`: (time, tokens) of every group."""
+    asyncio.run(_bare_engine(rows, stage, busy, done))
 
 
-def bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: Path | None = None) -> float:
-    """Tokens a second of vLLM on the prompts of these rollouts, each once for its whole group. The file `busy` is there
-    while it samples."""
-    return asyncio.run(_bare_engine(rows, stage, busy))
-
-
-async def _bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: Path | None) -> float:
+async def _bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: Path, done: Any) -> None:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -87,32 +123,29 @@ async def _bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: 
     from pipeline.engines import engine_settings
     from rl.generator import VllmGenerator
 
-    generator = VllmGenerator(engine_settings("float32", BASE, seed=0), "bare")
+    settings = engine_settings("float32", BASE, seed=0)
+    generator = VllmGenerator(settings, "bare")
     await generator.start()
     stops = stop_token_ids(load_tokenizer(BASE), BASE)
-    ends: list[tuple[float, int]] = []
-    begin = time.perf_counter()
+    prompts = itertools.cycle(list({row["group_id"]: row["prompt_ids"] for row in rows}.values()))
+    numbers, ends = itertools.count(), []
 
-    async def ask(slot: str, prompt: list[int]) -> None:
-        params = SamplingParams(
-            n=stage["group_size"], max_tokens=stage["max_answer_tokens"], seed=int(slot), stop_token_ids=list(stops),
-            logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
-        )  # fmt: skip
-        async for output in generator._engine.generate({"prompt_token_ids": prompt}, params, request_id=slot):
-            tokens = sum(len(one.token_ids) for one in output.outputs)
-        ends.append((time.perf_counter() - begin, tokens))
+    async def ask() -> None:
+        while busy.exists():
+            slot = next(numbers)
+            params = SamplingParams(
+                n=stage["group_size"], max_tokens=stage["max_answer_tokens"], seed=slot, stop_token_ids=list(stops),
+                logprobs=0, flat_logprobs=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY,
+            )  # fmt: skip
+            asked = generator._engine.generate({"prompt_token_ids": next(prompts)}, params, request_id=f"{slot}")
+            tokens = [sum(len(one.token_ids) for one in output.outputs) async for output in asked]
+            ends.append((time.time(), tokens[-1]))
 
     try:
-        prompts = {row["group_id"]: row["prompt_ids"] for row in rows}
-        if busy:
-            busy.touch()
-        await asyncio.gather(*(ask(slot, prompt) for slot, prompt in prompts.items()))
+        await asyncio.gather(*(ask() for _ in range(2 * settings.max_num_seqs // stage["group_size"])))
     finally:
-        if busy:
-            busy.unlink()
         generator.stop()
-    first, last = len(ends) // 10, len(ends) - len(ends) // 10 - 1
-    return sum(tokens for _, tokens in ends[first + 1 : last + 1]) / (ends[last][0] - ends[first][0])
+    done.put(("engine", ends))
 
 
 def batches_of(rows: list[dict[str, Any]]) -> list[Any]:
@@ -142,20 +175,17 @@ def batches_of(rows: list[dict[str, Any]]) -> list[Any]:
     return batches
 
 
-def bare_model(rows: list[dict[str, Any]], settings: Any, busy: Path) -> float:
-    """Trained tokens a second of forward and backward passes, while the file `busy` is there."""
+def bare_model(rows: list[dict[str, Any]], settings: Any, busy: Path, done: Any) -> None:
+    """Forward and backward passes while the file `busy` is there; puts (time, trained tokens) of each into `done`."""
     learner = _learner(settings)
     cuts = [cut for batch in batches_of(rows) for cut in _cuts(batch, settings)]
-    forward_backward(learner, cuts[:2])
-    while not busy.exists():
-        time.sleep(0.01)
-    begin, tokens = time.perf_counter(), 0
+    ends = []
     for cut in itertools.cycle(cuts):
         forward_backward(learner, [cut])
+        ends.append((time.time(), len(cut.advantages)))
         if not busy.exists():
-            return tokens / (time.perf_counter() - begin)
-        tokens += len(cut.advantages)
-    raise AssertionError
+            break
+    done.put(("learner", ends))
 
 
 def alone(rows: list[dict[str, Any]], settings: Any, folder: str) -> dict[str, Any]:
@@ -223,9 +253,50 @@ def _timed(parts: dict[str, float], owner: Any, name: str, part: str) -> None:
     setattr(owner, name, timed)
 
 
+def rate(ends: list[tuple[float, int]], turns: Turns) -> float:
+    """Tokens a second in the middle four fifths of what was done while turns were taken."""
+    first_turn, last_turn = turns.ran["bare"][0][0], turns.ran["bare"][-1][1]
+    ends = sorted(end for end in ends if first_turn <= end[0] <= last_turn)
+    kept = ends[len(ends) // 10 : len(ends) - len(ends) // 10]
+    return sum(tokens for _, tokens in kept[1:]) / turns.seconds("bare", kept[0][0], kept[-1][0])
+
+
+def pinned(core: int, work: Callable[..., Any], *args: Any) -> None:
+    os.sched_setaffinity(0, {core})
+    work(*args)
+
+
+def in_turns(asked: dict[str, Any], folder: Path, bare: list[Any], busy: Path, done: Any) -> tuple[Path, Turns, Any]:
+    """A run and the two bare processes; the run's folder, the turns, and what the bare ones did."""
+    run_dir = folder / "run"
+
+    def loop_pids() -> list[int]:
+        return [event["pid"] for event in pinned_run.events(run_dir, "actor_started")]
+
+    turns = Turns({"loop": loop_pids, "bare": lambda: [process.pid for process in bare]})
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(pinned_run.run, asked, folder)
+        while not pinned_run.events(run_dir, "first_step"):
+            if running.done():
+                running.result()
+            time.sleep(0.2)
+        busy.touch()
+        for process in bare:
+            process.start()
+        turns.take(lambda: running.done() or len(steps_of(run_dir)) >= asked["stages"][0]["steps"] - EDGE)
+        busy.unlink()
+        ends = dict(done.get() for _ in bare)
+        return running.result(), turns, ends
+
+
+def steps_of(run_dir: Path) -> list[dict[str, Any]]:
+    path = run_dir / "climb" / "steps.jsonl"
+    return pinned_run.json_lines(path) if path.exists() else []
+
+
 def main(
-    steps: Annotated[int, typer.Option(help="Optimiser steps of the run.")] = 16,
-    keep: Annotated[Path | None, typer.Option(help="Leave the run here; one that is there is used.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the run that takes turns.")] = 40,
+    keep: Annotated[Path | None, typer.Option(help="Leave the runs here.")] = None,
 ) -> None:
     """Measure and print two tables."""
     from pipeline.config import OnlineRlStage
@@ -233,43 +304,38 @@ def main(
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = keep or Path(scratch)
-        asked = recipe(steps, staleness=4, seed=1)
         hard = {"domains": ["maths", "reasoning"], "levels": [8, 10]}
-        asked["stages"] = [
-            asked["stages"][0] | {"learning_rate": 1e-7, "tasks": hard, "curriculum": {"sampler": "uniform"}}
-        ]
-        run_dir = folder / "run" if (folder / "run" / "climb" / "COMPLETE").exists() else pinned_run.run(asked, folder)
-        rows = rollouts_of(run_dir)
-        loop = in_the_loop(run_dir)
+        asked = recipe(steps, staleness=4, seed=1)
+        climb = asked["stages"][0] | {"learning_rate": 1e-7, "tasks": hard, "curriculum": {"sampler": "uniform"}}
+        first = pinned_run.run(asked | {"stages": [climb | {"steps": 3 * EDGE}]}, folder / "first")
+        rows = rollouts_of(first)
         engine_core, learner_core = sorted(os.sched_getaffinity(0))[:2]
-        stage = OnlineRlStage(**asked["stages"][0])
+        stage = OnlineRlStage(**climb)
         (settings,) = learner_settings(stage, BASE, 1, Path(scratch), 1)
-        mine = on_core(learner_core, alone, rows, settings, str(scratch))
-        engine = on_core(engine_core, bare_engine, rows, stage.model_dump())
-        busy = Path(scratch) / "busy"
-        with ThreadPoolExecutor(2) as both:
-            model_beside = both.submit(on_core, learner_core, bare_model, rows, settings, busy)
-            engine_beside = both.submit(on_core, engine_core, bare_engine, rows, stage.model_dump(), busy).result()
-            beside = model_beside.result()
-    bare, learner = (mine["tokens"] / mine["seconds"][name] for name in ("bare", "learner"))
-    table = Table(
-        "tokens/s", "bare, alone", "bare, both at once", "ours, alone", "ours, in the loop", "of both at once"
-    )
-    table.add_row(
-        "engine", f"{engine:,.0f}", f"{engine_beside:,.0f}", "", f"{loop['engine']:,.0f}",
-        f"{loop['engine'] / engine_beside:.2f}",
-    )  # fmt: skip
-    table.add_row(
-        "learner", f"{bare:,.0f}", f"{beside:,.0f}", f"{learner:,.0f}", f"{loop['learner']:,.0f}",
-        f"{loop['learner'] / beside:.2f}",
-    )  # fmt: skip
+        busy, fresh = Path(scratch) / "busy", multiprocessing.get_context("spawn")
+        done = fresh.Queue()
+        bare = [
+            fresh.Process(target=pinned, args=(engine_core, bare_engine, rows, stage.model_dump(), busy, done)),
+            fresh.Process(target=pinned, args=(learner_core, bare_model, rows, settings, busy, done)),
+        ]
+        run_dir, turns, ends = in_turns(asked | {"stages": [climb]}, folder / "turns", bare, busy, done)
+        loop = in_the_loop(run_dir, turns)
+        with ProcessPoolExecutor(1, fresh, os.sched_setaffinity, (0, {learner_core})) as pool:
+            mine = pool.submit(alone, rows, settings, str(scratch)).result()
+    table = Table("tokens/s", "bare", "in the loop", "share", title=f"in turns of {TURN_S:g} s")
+    for name in ("engine", "learner"):
+        unhindered = rate(ends[name], turns)
+        table.add_row(name, f"{unhindered:,.0f}", f"{loop[name]:,.0f}", f"{loop[name] / unhindered:.2f}")
     shares = Table("the learner's time, alone", "of its step")
     for part, seconds in (("bare forward and backward", mine["seconds"]["bare"]), *mine["parts"].items()):
         shares.add_row(part, f"{seconds / mine['seconds']['learner']:.1%}")
     console = Console(width=110)
     console.print(table)
     console.print(shares)
-    print(f"engine waits {loop['engine waits']:.1%} of the time (not counted above), syncs take {loop['sync']:.1%}")
+    print(
+        f"in {loop['seconds']:.0f} s of the loop's own; its engine waited {loop['engine waits']:.1%} of the time (not "
+        f"taken out above), its exchanges took {loop['sync']:.1%}"
+    )
     print(pinned_run.circumstances())
 
 

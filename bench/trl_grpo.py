@@ -1,0 +1,127 @@
+"""The peer of `bench/rl_efficiency.py`: TRL's GRPOTrainer on the same checkpoint, tasks and verifiers.
+
+    python bench/trl_grpo.py CHECKPOINT POOL OUT --steps 100 --learning-rate 4e-4 …
+
+POOL is a file of examples, drawn from uniformly. Leaves `steps.jsonl` in OUT, a row a step (tokens generated so far,
+seconds so far without start and saving, pass rate), and `checkpoints/step-…`. The model is ours, whose experts are many
+times faster than those of transformers, with our log-probabilities; so is whatever TRL leaves to its user. Generation
+is transformers' own: TRL's vLLM modes need a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import typer  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo", "cispo")
+
+
+class Clock:
+    """Seconds since the beginning, but for those inside `pause`."""
+
+    def __init__(self) -> None:
+        self.begin = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self.begin
+
+    def pause(self, work: Any) -> None:
+        begin = time.perf_counter()
+        work()
+        self.begin += time.perf_counter() - begin
+
+
+def main(
+    checkpoint: Annotated[Path, typer.Argument()],
+    pool: Annotated[Path, typer.Argument(help="Examples (.jsonl or .jsonl.gz).")],
+    out: Annotated[Path, typer.Argument(help="A folder that does not exist yet.")],
+    steps: Annotated[int, typer.Option(help="Batches that are sampled, and optimiser steps.")] = 100,
+    learning_rate: Annotated[float, typer.Option()] = 4e-4,
+    groups_per_step: Annotated[int, typer.Option()] = 16,
+    group_size: Annotated[int, typer.Option()] = 16,
+    loss: Annotated[str, typer.Option(help=" | ".join(LOSSES))] = "dapo",
+    scale_rewards: Annotated[str, typer.Option(help="group | batch | none")] = "group",
+    micro_batch: Annotated[int, typer.Option(help="Answers a forward pass; no effect on the result.")] = 64,
+    max_answer_tokens: Annotated[int, typer.Option()] = 160,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 10,
+    seed: Annotated[int, typer.Option()] = 1,
+) -> None:
+    """Train, and leave checkpoints on the way."""
+    import torch
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    from model.checkpoint import load_policy, save_policy
+    from model.router import freeze_routers
+    from model.tokenizer import load_tokenizer
+    from pipeline.data import as_dataset, read_examples
+    from pipeline.trainer_actor import unchanged_config, use_our_logprobs
+    from rewards.grade import grade
+    from rewards.sandbox import Sandbox
+    from rewards.task import Score
+
+    torch.set_num_threads(2)
+    tasks = {example.task.task_id: example.task for example in read_examples(pool)}
+    tokenizer, model = load_tokenizer(checkpoint), load_policy(checkpoint, "float32")
+    freeze_routers(model)  # as our stage's default
+    (out / "checkpoints").mkdir(parents=True)
+    generated, clock = 0, Clock()
+
+    with Sandbox() as sandbox, (out / "steps.jsonl").open("w") as log, unchanged_config(model):
+
+        def reward(completions: Any, completion_ids: Any, task_id: Any, **_: Any) -> list[float | None]:
+            nonlocal generated
+            generated += sum(map(len, completion_ids))
+            verdicts = [grade(tasks[name], said[0]["content"], sandbox) for name, said in zip(task_id, completions)]
+            return [verdict.value if isinstance(verdict, Score) else None for verdict in verdicts]
+
+        def save(step: int) -> None:
+            save_policy(model, tokenizer, out / "checkpoints" / f"step-{step:06}", "float32")
+
+        class Log(TrainerCallback):
+            def on_train_begin(self, *_: Any, **__: Any) -> None:
+                clock.begin = time.perf_counter()
+
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                if "reward" not in logs:
+                    return
+                row = {"step": state.global_step, "generated_tokens": generated, "seconds": clock.seconds(),
+                       "reward_mean": logs["reward"], "zero_signal_share": logs["frac_reward_zero_std"],
+                       "grad_norm": logs["grad_norm"]}  # fmt: skip
+                print(json.dumps(row), file=log, flush=True)
+                if state.global_step % checkpoint_every == 0:
+                    clock.pause(lambda: save(state.global_step))
+
+        batch = groups_per_step * group_size
+        config = GRPOConfig(
+            output_dir=str(out), learning_rate=learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=3,
+            adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, max_steps=steps, num_generations=group_size,
+            per_device_train_batch_size=micro_batch, gradient_accumulation_steps=batch // micro_batch,
+            max_completion_length=max_answer_tokens, temperature=1.0, beta=0.0, loss_type=loss,
+            scale_rewards=scale_rewards, epsilon_high=0.28, router_aux_loss_coef=0.0, use_vllm=False, use_cpu=True,
+            gradient_checkpointing=False, bf16=False, logging_steps=1, report_to="none", save_strategy="no",
+            disable_tqdm=True, dataloader_pin_memory=False, seed=seed, data_seed=seed,
+        )  # fmt: skip
+        rows = [{"prompt": [{"role": "user", "content": task.prompt}], "task_id": name} for name, task in tasks.items()]
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=reward, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer,
+            callbacks=[Log()],
+        )  # fmt: skip
+        use_our_logprobs(trainer.model, FusedCausalLMOutput)
+        trainer.train()
+
+
+if __name__ == "__main__":
+    typer.run(main)
