@@ -274,6 +274,9 @@ class CurriculumSettings(Section):
     rare_answers: Answers = Field(
         4.0, description="gate speed goes on, whatever the first few say, where less than that many answers are known"
     )
+    calibrate_entries: Annotated[int, Field(ge=0)] = Field(
+        0, description="posteriors that are compared, at the end, with the pass rate of 64 fresh answers; 0: none"
+    )
     replay_steps: Annotated[int, Field(ge=0)] = Field(
         0,
         description="steps after its own in which a group with signal is trained on again, as long as no token of "

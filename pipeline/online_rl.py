@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from model.disk import naming, remove, sync
 from pipeline import own_class
+from pipeline.calibrate_difficulty import calibrate
 from pipeline.cluster import Actor, ActorFailed
 from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks, task_to_json
@@ -102,6 +103,8 @@ def run(context: StageContext) -> dict[str, Any]:
             newest = states.newest()
             log = StepLog(context, stage.steps, pool, after=newest[0].protocol.version if newest else 0)
             states.before_publish = log.sync
+            curriculum = curriculum_of(stage, pool, context, fits)
+            learner = RemoteLearner(learners, stage.deadline_s)
             loop = AsyncLoop(
                 loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, checkpoints, context.seed),
                 TaskPool(
@@ -110,9 +113,9 @@ def run(context: StageContext) -> dict[str, Any]:
                     decode=lambda ids: decode_answer(tokenizer, ids),
                     grade=lambda task, text: grade(task, text, sandbox),
                 ),
-                curriculum_of(stage, pool, context, fits),
+                curriculum,
                 [RemoteGenerator(actor, stage.deadline_s, replace_generator) for actor in actors],
-                RemoteLearner(learners, stage.deadline_s),
+                learner,
                 graders,
                 states,
                 HealthMonitor(stage.health_limits()),
@@ -125,15 +128,19 @@ def run(context: StageContext) -> dict[str, Any]:
             finally:
                 log.close()
             log.finish()
-        asyncio.run(RemoteLearner(learners, stage.deadline_s).save(str(context.work / "checkpoint")))
+            final = context.work / "checkpoint"
+            asyncio.run(learner.save(str(final)))
+            metrics = log.summary()
+            if stage.curriculum.calibrate_entries:
+                metrics["calibration"] = calibrate(context, curriculum, pool.task_of, final, sandbox)
     except HealthStop as error:
         raise GateStopped(str(error)) from error
     except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft) as error:
         raise InfrastructureError(str(error)) from error
     finally:
-        for learner in learners:
-            cluster.stop(learner)
-    return log.summary()
+        for actor in learners:
+            cluster.stop(actor)
+    return metrics
 
 
 def _remove_remains(work: Path) -> None:

@@ -317,7 +317,12 @@ def climb(run: RunReader, stage: StageView, folder: Path) -> Row | None:
     return {
         "figures": figures,
         "routers": router_panel(steps),
-        "foresight": foresight_panel(run.json_lines(folder / "observations.jsonl"), domain_of, colours),
+        "foresight": foresight_panel(
+            run.json_lines(folder / "observations.jsonl"),
+            run.json_file(folder / "calibration.json"),
+            domain_of,
+            colours,
+        ),
         "steps": len(steps),
         "legend": list(colours.items()),
         "mean_levels": [plots.line_plot("mean sampled level", lines, x_label="step", smooth=SMOOTH_STEPS)]

@@ -8,22 +8,21 @@ few answers: even a perfect forecast has a Spearman correlation below 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean
 
 from pipeline import plots
 from pipeline.plots import Series
-from pipeline.rank_correlation import spearman
+from pipeline.rank_correlation import binned, calibration_error, spearman
 from pipeline.run_reader import Row
 
-BINS = 10
 
-
-def foresight_panel(rows: Sequence[Row], domain_of: dict[str, str], colours: dict[str, int]) -> Row | None:
-    """Rank correlation, expected calibration error, and a plot of expected against seen. None without observations."""
+def foresight_panel(
+    rows: Sequence[Row], calibration: Row | None, domain_of: dict[str, str], colours: dict[str, int]
+) -> Row | None:
+    """Rank correlation, calibration error, and a plot of expected against seen; `fresh` for what the posteriors of the
+    end came to when they were put to the test. None without observations."""
     pairs = [(row["expected"], row["passes"] / row["total"], row["entry"]) for row in rows if row["total"]]
     if not pairs:
         return None
-    bins = binned([(expected, seen) for expected, seen, _ in pairs])
     by_domain = {
         domain: binned([(expected, seen) for expected, seen, entry in pairs if domain_of.get(entry) == domain])
         for domain in sorted(set(domain_of.values()))
@@ -33,29 +32,35 @@ def foresight_panel(rows: Sequence[Row], domain_of: dict[str, str], colours: dic
         for domain, found in by_domain.items()
         if found
     ]
+    fresh = calibration and {
+        "entries": calibration["entries"], "spearman": calibration["spearman"], "ece": calibration["ece"],
+        "answers": max((row["total"] for row in calibration["rows"]), default=0),
+    }  # fmt: skip
     return {
+        "fresh": fresh,
         "groups": len(pairs),
         "spearman": spearman([expected for expected, _, _ in pairs], [seen for _, seen, _ in pairs]),
-        "ece": calibration_error(bins),
+        "ece": calibration_error([(expected, seen) for expected, seen, _ in pairs]),
         "figures": [
             plots.line_plot(
                 "pass rate by what was expected", series, x_label="expected", y_range=(0, 1), percent=True, dots=True
-            )
+            ),
+            *([_fresh_plot(calibration["rows"], colours)] if calibration else []),
         ],
     }  # fmt: skip
 
 
-def binned(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float, int]]:
-    """Mean expected, mean seen and the number of groups, for each tenth of expected pass rates that has any."""
-    tenths: dict[int, list[tuple[float, float]]] = {}
-    for expected, seen in pairs:
-        tenths.setdefault(min(BINS - 1, int(expected * BINS)), []).append((expected, seen))
-    return [
-        (fmean(expected for expected, _ in found), fmean(seen for _, seen in found), len(found))
-        for _, found in sorted(tenths.items())
+def _fresh_plot(rows: Sequence[Row], colours: dict[str, int]) -> plots.Markup:
+    """A dot for every posterior that was put to the test."""
+    domains = sorted({row["domain"] for row in rows})
+    series = [
+        Series(
+            domain,
+            [(row["expected"], row["passes"] / row["total"]) for row in rows if row["domain"] == domain],
+            colours.get(domain, 1),
+        )
+        for domain in domains
     ]
-
-
-def calibration_error(bins: Sequence[tuple[float, float, int]]) -> float:
-    """Expected calibration error: the mean gap of the bins, weighed by their groups (Naeini et al. 2015)."""
-    return sum(number * abs(expected - seen) for expected, seen, number in bins) / sum(number for *_, number in bins)
+    return plots.scatter_plot(
+        "fresh pass rate by posterior", series, x_label="posterior at the end", y_range=(0, 1), percent=True
+    )

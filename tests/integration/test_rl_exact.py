@@ -112,7 +112,7 @@ def synchronous_twin(folder: Path) -> str:
     stage, seed = recipe.stages[0], stage_seed(SEED, "climb")
     tokenizer = load_tokenizer(BASE)
     pool = task_pool(stage.tasks, seed, lambda task: True)
-    curriculum = curriculum_of(stage, pool, SimpleNamespace(inputs={}, seed=seed))
+    curriculum = curriculum_of(stage, pool, SimpleNamespace(inputs={}, seed=seed), lambda task: True)
     learner = PolicyLearner(learner_settings(stage, BASE, seed, folder, world_size=1)[0])
     learner.start()
     generator = VllmGenerator(engine_settings(stage.dtype, BASE, seed), "twin")
