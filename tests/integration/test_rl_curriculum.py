@@ -33,7 +33,8 @@ def write_recipe(folder: Path) -> tuple[Path, Path]:
         "tasks": {"dataset": str(folder.parent / "pool.jsonl.gz"), "format": "examples"},
         "curriculum": {
             "sampler": "thompson", "gate": "speed", "allocator": "knapsack", "largest_group": 16,
-            "calibrate_entries": 4, "retest_every_steps": 2, "renew": {"every_steps": 2, "prompts": 6, "synthetic_share": 0.5},
+            "calibrate_entries": 4, "retest_every_steps": 2,
+            "renew": {"every_steps": 2, "prompts": 6, "synthetic_share": 0.5},
         },
     }  # fmt: skip
     held_out = {"domains": ["maths"], "levels": [1, 2], "tasks_per_level": 2, "split": "held_out"}
