@@ -44,7 +44,6 @@ BEYOND = {"maths": range(14, 27, 2), "code": range(14, 27, 2), "dialogue": range
 HISTOGRAM = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.01)
 START_TASKS, START_SAMPLES = 16, 8  # of each (domain, level), to tell them apart
 HELD_OUT_TASKS, HELD_OUT_SAMPLES = 6, 4  # of each (domain, level)
-CHECKPOINTS = 10  # of a run, evenly
 
 # Of A and B alike; each was the best of those tried, docs/log.md.
 SHARED = {"groups_per_step": 16, "group_size": 16, "learning_rate": 4.0e-4}
@@ -70,6 +69,7 @@ def run(
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
     settings: Annotated[str, typer.Option(help="YAML over an arm's stage, for a trial: '{learning_rate: 8e-4}'.")] = "",
+    checkpoints: Annotated[int, typer.Option(help="Points of a curve.")] = 10,
     label: Annotated[str, typer.Option(help="Name of that trial: it lies beside the arm's own runs.")] = "",
 ) -> None:
     """Do the runs that are missing."""
@@ -83,10 +83,10 @@ def run(
         changes = yaml.safe_load(settings) or {}
         examples = pool_file(folder, pool, start)
         if arm == "A":
-            rows = trl_run(place, start, examples, seed, steps, changes)
+            rows = trl_run(place, start, examples, seed, steps, changes, checkpoints)
         else:
-            rows = our_run(place, start, examples, seed, steps, changed(stage_of(arm), changes))
-        curve = evaluated(place, rows)
+            rows = our_run(place, start, examples, seed, steps, changed(stage_of(arm), changes), checkpoints)
+        curve = evaluated(place, rows, trial=bool(label))
         (place / "curve.json").write_text(json.dumps(curve, indent=1))
         print(place, " ".join(f"{point['pass_at_1']:.3f}" for point in curve), flush=True)
 
@@ -179,11 +179,11 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 def our_run(
-    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any]
+    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any], checkpoints: int
 ) -> list[dict[str, Any]]:
     """Stage 2 alone; as many answers as `steps` of 256."""
     steps = round(steps * 256 / (settings["groups_per_step"] * settings["group_size"]))
-    every = max(1, steps // CHECKPOINTS)
+    every = max(1, steps // checkpoints)
     stage = {
         "name": "climb", "kind": "online_rl", "policy": f"{start}/", "steps": steps, "max_answer_tokens": 160,
         "tasks": {"dataset": str(examples), "format": "examples"}, "save_every_steps": 0,
@@ -197,11 +197,11 @@ def our_run(
 
 
 def trl_run(
-    place: Path, start: Path, examples: Path, seed: int, steps: int, changes: dict[str, Any]
+    place: Path, start: Path, examples: Path, seed: int, steps: int, changes: dict[str, Any], checkpoints: int
 ) -> list[dict[str, Any]]:
     settings = SHARED | TRL_OPTIONS | changes
     steps = round(steps * 256 / (settings["groups_per_step"] * settings["group_size"]))
-    every = max(1, steps // CHECKPOINTS)
+    every = max(1, steps // checkpoints)
     options = {"steps": steps, "checkpoint-every": every, "seed": seed, **settings}
     words = [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     script = Path(__file__).with_name("trl_grpo.py")
@@ -214,15 +214,17 @@ def trl_run(
     return [row for row in pinned_run.json_lines(place / "trl" / "steps.jsonl") if row["step"] % every == 0]
 
 
-def evaluated(place: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The curve; of all checkpoints but the last only what they scored is kept."""
+def evaluated(place: Path, rows: list[dict[str, Any]], trial: bool) -> list[dict[str, Any]]:
+    """The curve, and but for a trial pass@k at its end. Of all checkpoints but the last only the scores are kept."""
     held_out = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1, 10],
                 "tasks_per_level": HELD_OUT_TASKS, "split": "held_out"}  # fmt: skip
     checkpoints = {row["step"]: place / "checkpoints" / f"step-{row['step']:06}" for row in rows}
     many = {"name": "curve", "kind": "evaluate", "policies": [f"{path}/" for path in checkpoints.values()],
             "tasks": held_out, "k": [1], "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
-    last = many | {"name": "last", "policies": many["policies"][-1:], "k": [1, 8, 32], "samples": 32}
-    recipe = {"run": {"name": "curve", "seed": 1}, "stages": [many, last]}
+    fewer = held_out | {"tasks_per_level": HELD_OUT_TASKS // 2}
+    last = many | {"name": "last", "policies": many["policies"][-1:], "tasks": fewer, "k": [1, 8, 32], "samples": 32}
+    stages = [many] if trial else [many, last]
+    recipe = {"run": {"name": "curve", "seed": 1}, "stages": stages}
     run_dir = pinned_run.run(recipe, place / "evaluated")
     results = json.loads((run_dir / "curve" / "results.json").read_text())["policies"]
     curve = [
@@ -231,8 +233,9 @@ def evaluated(place: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
          "domains": {name: passes["1"]["value"] for name, passes in result["domains"].items()}}
         for row, result in zip(rows, results, strict=True)
     ]  # fmt: skip
-    at_end = json.loads((run_dir / "last" / "results.json").read_text())["policies"][0]["pass_at_k"]
-    curve[-1]["at_end"] = {k: estimate["value"] for k, estimate in at_end.items()}
+    if not trial:
+        at_end = json.loads((run_dir / "last" / "results.json").read_text())["policies"][0]["pass_at_k"]
+        curve[-1]["at_end"] = {k: estimate["value"] for k, estimate in at_end.items()}
     for path in list(checkpoints.values())[:-1]:
         shutil.rmtree(path)
     return curve
@@ -293,8 +296,8 @@ def table(
                 for key, unit in (("generated_tokens", 1e3), ("seconds", 1)):
                     values = sorted(needed(curve, key, goal, at_start) / unit for curve in curves)
                     cells.append(spread(values, "k" if unit > 1 else "s"))
-            ends = [curve[-1]["at_end"] for curve in curves]
-            end = ", ".join(f"{statistics.median(one[k] for one in ends):.3f}" for k in ("1", "8", "32"))
+            ends = [curve[-1]["at_end"] for curve in curves if "at_end" in curve[-1]]
+            end = ", ".join(f"{statistics.median(one[k] for one in ends):.3f}" for k in ("1", "8", "32") if ends)
             shown.add_row(arm, f"{len(curves)}", *cells, end)
         console.print(shown)
     print(f"pass@1 at the start, levels alike: {at_start:.3f}")
