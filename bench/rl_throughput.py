@@ -6,7 +6,7 @@ A real run of stage 2 at staleness 4, a core each for generation and learning, w
 policy stays what it is, and tasks so hard that few groups are trained on: the engine always has more to do than it
 can, and the learner waits. On the same cores, on what a first such run sampled,
 
-  the engine   is asked for the same groups by nothing but vLLM's own interface, more of them than it can hold;
+  the engine   is asked for the same groups by nothing but vLLM's own interface, as many at once as in the loop;
   the model    passes the same micro-batches forward and backward: no objective, no gauges, no optimiser.
 
 **They take turns of some seconds with the run**, the one stopped while the other goes on, so that a machine that is
@@ -123,8 +123,7 @@ async def _bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: 
     from pipeline.engines import engine_settings
     from rl.generator import VllmGenerator
 
-    settings = engine_settings("float32", BASE, seed=0)
-    generator = VllmGenerator(settings, "bare")
+    generator = VllmGenerator(engine_settings("float32", BASE, seed=0), "bare")
     await generator.start()
     stops = stop_token_ids(load_tokenizer(BASE), BASE)
     prompts = itertools.cycle(list({row["group_id"]: row["prompt_ids"] for row in rows}.values()))
@@ -142,7 +141,7 @@ async def _bare_engine(rows: list[dict[str, Any]], stage: dict[str, Any], busy: 
             ends.append((time.time(), tokens[-1]))
 
     try:
-        await asyncio.gather(*(ask() for _ in range(2 * settings.max_num_seqs // stage["group_size"])))
+        await asyncio.gather(*(ask() for _ in range((stage["max_staleness"] + 1) * stage["groups_per_step"])))
     finally:
         generator.stop()
     done.put(("engine", ends))
