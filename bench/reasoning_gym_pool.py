@@ -10,6 +10,7 @@ compared are taken: its own scorer must give each answer 1, and a wrong one less
 
 from __future__ import annotations
 
+import random
 import re
 import sys
 from pathlib import Path
@@ -56,7 +57,8 @@ def main(
                 task = Task(task_id=f"{name}/{level}/{number}", domain=name, level=level, prompt=prompt, verifier=kind,
                             check={"answer": answer})  # fmt: skip
                 examples.setdefault(prompt, Example(task, f"Answer: {answer}"))
-    write_examples(out, examples.values())
+    shuffled = random.Random(seed).sample(list(examples.values()), len(examples))  # `limit` then takes of all alike
+    write_examples(out, shuffled)
     print(f"{out}: {len(examples)} tasks")
 
 

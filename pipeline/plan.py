@@ -28,6 +28,7 @@ from pipeline.config import (
     Recipe,
     SftStage,
     TaskSource,
+    UpcycleStage,
 )
 from pipeline.engines import LONGEST_TOKENS
 from pipeline.recipe_checks import max_positions, nearest, origin
@@ -125,7 +126,7 @@ def make_plan(
 
 
 def _actors(recipe: Recipe, stage: AnyStage) -> list[ActorPlan]:
-    if isinstance(stage, BootstrapStage):
+    if isinstance(stage, BootstrapStage | UpcycleStage):
         return [_actor(recipe, "trainer")]
     if isinstance(stage, JudgeFilterStage):
         actors = [_generator(recipe, "judge", stage.judge.model, stage.judge.dtype)]
@@ -191,8 +192,8 @@ def _lora_memory(recipe: Recipe, stage: DpoStage) -> Memory | None:
 def known_config(recipe: Recipe, reference: str) -> dict[str, Any] | None:
     """config.json of the model behind a reference; None where it is not here yet or not counted."""
     base = origin(recipe, reference)
-    if isinstance(base, BootstrapStage):
-        return None  # its vocabulary is made with the tokenizer
+    if isinstance(base, BootstrapStage | UpcycleStage):
+        return None  # a bootstrap's vocabulary is made with the tokenizer; an upcycled model is counted when it is made
     try:
         config = read_config(base)
         return config if config and count_parameters(config) else None
@@ -206,6 +207,8 @@ def known_config(recipe: Recipe, reference: str) -> dict[str, Any] | None:
 def _arithmetic(recipe: Recipe, stage: AnyStage) -> dict[str, str]:
     if isinstance(stage, BootstrapStage):
         return {"corpus": f"at most {_count(stage.max_steps * stage.batch_tokens)} tokens in {stage.minutes:g} minutes"}
+    if isinstance(stage, UpcycleStage):
+        return {"experts": f"{stage.experts} in every {stage.every} layers"}
     if isinstance(stage, JudgeFilterStage):
         return _judging(stage)
     if isinstance(stage, SftStage):

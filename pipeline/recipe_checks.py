@@ -33,12 +33,14 @@ from pipeline.config import (
     Recipe,
     SftStage,
     TaskSource,
+    UpcycleStage,
     stage_references,
 )
 from rl.band import band_in_words, reachable_band
 
 GIVES = {  # what a stage of each kind leaves for later ones
     "bootstrap": "checkpoint",
+    "upcycle": "checkpoint",
     "judge_filter": "examples and verdicts",
     "sft": "checkpoint",
     "online_rl": "checkpoint and rollouts",
@@ -79,12 +81,12 @@ def remarks(recipe: Recipe) -> list[str]:
     ]
 
 
-def origin(recipe: Recipe, reference: str) -> BootstrapStage | str:
-    """Where the weights behind a reference come from in the end: the bootstrap stage or the external checkpoint."""
+def origin(recipe: Recipe, reference: str) -> BootstrapStage | UpcycleStage | str:
+    """Where the weights behind a reference come from in the end: a stage that made them or an external checkpoint."""
     stages = {stage.name: stage for stage in recipe.stages}
     for _ in recipe.stages:  # a chain is no longer than the recipe, even where it wrongly runs in a circle
         stage = stages.get(reference)
-        if isinstance(stage, BootstrapStage):
+        if isinstance(stage, BootstrapStage | UpcycleStage):
             return stage
         if isinstance(stage, SftStage):
             reference = stage.init
@@ -250,6 +252,8 @@ def max_positions(recipe: Recipe, reference: str) -> int | None:
     base = origin(recipe, reference)
     if isinstance(base, BootstrapStage):
         return base.max_positions
+    if isinstance(base, UpcycleStage):
+        return max_positions(recipe, base.source)
     try:
         positions = text_config(read_config(base) or {}).get("max_position_embeddings")
     except ValueError:
@@ -262,6 +266,8 @@ def moe_layers_of(recipe: Recipe, reference: str) -> list[int] | None:
     base = origin(recipe, reference)
     if isinstance(base, BootstrapStage):
         return moe_layers(tiny(TinyShape(num_layers=base.num_layers)))
+    if isinstance(base, UpcycleStage):
+        return None  # how many layers its source has may not be known yet
     try:
         config = text_config(read_config(base) or {})
         return moe_layers(config) if config.get("model_type") in ("llama4_text", "llama") else None

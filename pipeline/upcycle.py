@@ -1,10 +1,56 @@
-"""`drover upcycle`: the words around `model/upcycle.py`, its progress bar, and what is printed when it is done."""
+"""Stage `upcycle` and the command `drover upcycle`: the words and the progress around `model/upcycle.py`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from pipeline.stage import DataError, InfrastructureError
+from pipeline.config import UpcycleStage
+from pipeline.stage import DataError, InfrastructureError, StageContext
+from pipeline.trainer_actor import START_S, Reporter, train_in_actor
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpcycleJob:
+    stage: UpcycleStage
+    source: Path
+    seed: int
+    work: Path
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """A checkpoint with the function of its source."""
+    stage = context.stage
+    assert isinstance(stage, UpcycleStage)
+    job = UpcycleJob(stage=stage, source=context.checkpoint(stage.source), seed=context.seed, work=context.work)
+    return train_in_actor(context, Upcycler, job, START_S)
+
+
+class Upcycler:
+    """In a process of its own: the driver knows no torch."""
+
+    def __init__(self, job: UpcycleJob) -> None:
+        self.job = job
+
+    def train(self) -> dict[str, Any]:
+        from model.upcycle import UpcycleRefused, upcycle
+
+        job, stage = self.job, self.job.stage
+        reporter = Reporter(job.work)
+        try:
+            made = upcycle(
+                job.source, job.work / "checkpoint", num_experts=stage.experts, moe_step=stage.every, seed=job.seed,
+                dtype=stage.dtype,
+            )  # fmt: skip
+        except UpcycleRefused as error:
+            raise DataError(f"stages.{stage.name}: {error}") from error
+        reporter.note(
+            f"{_millions(made.dense_parameters)} dense → {_millions(made.total_parameters)} in all, "
+            f"{_millions(made.active_parameters)} of them at work on a token"
+        )
+        return {"parameters": made.total_parameters, "active_parameters": made.active_parameters,
+                "moe_layers": made.num_moe_layers, "experts": made.num_experts}  # fmt: skip
 
 
 def upcycle_checkpoint(

@@ -10,8 +10,9 @@ import pytest
 import model.upcycle
 from model.dense_llama import UpcycleRefused
 from model.upcycle import Upcycled
+from pipeline.config import UpcycleStage
 from pipeline.stage import DataError
-from pipeline.upcycle import upcycle_checkpoint
+from pipeline.upcycle import UpcycleJob, Upcycler, upcycle_checkpoint
 
 WORDS: dict[str, Any] = dict(experts=8, every=2, seed=0, dtype=None, text=None)
 
@@ -67,3 +68,21 @@ def test_faults_of_our_own_are_not_blamed_on_the_data(source: str, tmp_path: Pat
     with pytest.raises(ValueError, match="a fault") as raised:
         upcycle_checkpoint(source, str(tmp_path / "moe"), **WORDS)
     assert not isinstance(raised.value, UpcycleRefused)
+
+
+def test_a_stage_asks_for_the_same_and_names_itself_when_refused(source: str, tmp_path: Path, monkeypatch: Any) -> None:
+    stage = UpcycleStage(name="moe", kind="upcycle", source=source, experts=4, every=3, dtype="bfloat16")
+    upcycler = Upcycler(UpcycleJob(stage=stage, source=Path(source), seed=7, work=tmp_path))
+    with pytest.raises(DataError, match="stages.moe: .*model_type is 'qwen3'"):
+        upcycler.train()
+    asked: dict[str, Any] = {}
+
+    def fake(source: Path, target: Path, **arguments: Any) -> Upcycled:
+        asked.update(arguments, source=source, target=target)
+        return Upcycled(134_515_008, 453_089_088, 174_397_248, 30, 10, 4, 0)
+
+    monkeypatch.setattr(model.upcycle, "upcycle", fake)
+    metrics = upcycler.train()
+    assert asked == dict(source=Path(source), target=tmp_path / "checkpoint", num_experts=4, moe_step=3, seed=7,
+                         dtype="bfloat16")  # fmt: skip
+    assert metrics == {"parameters": 453_089_088, "active_parameters": 174_397_248, "moe_layers": 10, "experts": 4}
