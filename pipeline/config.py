@@ -260,8 +260,9 @@ class CurriculumSettings(Section):
     judge: str | None = Field(None, description="judge_filter stage whose scores are the prior of what was never tried")
     judge_strength: Answers = Field(4.0, description="answers that a judge's score is worth")
     neighbour_strength: Answers = Field(
-        8.0, description="answers that a prompt borrows, at most, from others of its domain and level"
-    )
+        8.0, description="answers that a prompt borrows from others of its domain and level, until it is known how "
+        "alike those are; 0: none, ever"
+    )  # fmt: skip
     retire_above: Share | None = Field(0.9, description="pass rate from which a task is drawn no more; null: never")
     park_below: Share | None = Field(0.05, description="pass rate up to which it is too hard, for now; null: never")
     retest_every_steps: PositiveInt = Field(20, description="steps after which what is retired or parked is re-tested")

@@ -9,10 +9,16 @@ over its observations i, each with the version v_i that gave its answers: what a
 Borrowed are, as so many answers,
 
     judge_strength · (judged pass rate, its complement)              from the judge's score, where there is one
-    min(1, neighbour_strength / n) · (passes, fails) of the cell's other entries, n in all, decayed the same way
+    min(1, strength / n) · (passes, fails) of the cell's other entries, n in all, decayed the same way
 
 so a prompt never tried begins at what the judge and its neighbours say, and leaves it as its own answers come in. An
 entry that is its whole cell has no neighbours to borrow from.
+
+How much neighbours tell is learnt, cell by cell: pass rates within a cell are taken for Beta-distributed with a mean
+and a correlation ρ of two answers to one prompt, and strength = 1/ρ - 1 is that distribution's α + β. ρ begins at
+1/(neighbour_strength + 1), which weighs as much as PRIOR_PROMPTS prompts, and is estimated by moments from those that
+were tried (Kleinman 1973). Where none of a level's prompts was ever solved, a new one of it is hardly worth a try; in a
+data set of one level and of all kinds, prompts say little of each other.
 
 States, and what moves an entry between them (every change is a `StateChange` with its reason):
 
@@ -40,6 +46,8 @@ Ids = npt.NDArray[np.int64]
 NEW, ACTIVE, RETIRED, PARKED = range(4)
 STATES = ("new", "active", "retired", "parked")
 PRIOR = 1.0  # Beta(1, 1): any pass rate is as likely as any other
+PRIOR_PROMPTS = 2.0
+MOST_STRENGTH = 64.0  # answers; neighbours never tell more
 FORGOTTEN = 1e-6  # answers; less evidence than this is none
 NEVER = np.iinfo(np.int32).max
 
@@ -92,7 +100,7 @@ class Entries:
 class DifficultyRules:
     decay: float  # memory kept per policy version
     judge_strength: float  # answers
-    neighbour_strength: float  # answers, at most
+    neighbour_strength: float  # answers, before anything is known of a cell; 0: neighbours tell nothing
     retire_above: float | None  # pass rate; None: never
     park_below: float | None  # pass rate; None: never
     retest_every: int  # versions
@@ -125,6 +133,7 @@ class Difficulty:
         count = len(entries)
         self.passes, self.fails = np.zeros(count), np.zeros(count)  # decayed to `version`
         self.tried = np.zeros(count, np.int32)  # groups
+        self.answers = np.zeros(count, np.int32)  # graded, ever
         self.seen = np.full(count, -1, np.int32)  # version of the newest observation
         self.state = np.zeros(count, np.int8)
         self.due = np.full(count, NEVER, np.int32)  # version at which a retired or parked entry is tested again
@@ -136,8 +145,8 @@ class Difficulty:
         self.passes, self.fails, self.watched = (
             np.append(column, np.zeros(more)) for column in (self.passes, self.fails, self.watched)
         )
-        self.tried, self.state = (
-            np.append(column, np.zeros(more, column.dtype)) for column in (self.tried, self.state)
+        self.tried, self.answers, self.state = (
+            np.append(column, np.zeros(more, column.dtype)) for column in (self.tried, self.answers, self.state)
         )
         self.seen = np.append(self.seen, np.full(more, -1, np.int32))
         self.due = np.append(self.due, np.full(more, NEVER, np.int32))
@@ -149,7 +158,8 @@ class Difficulty:
         entries, rules = self.entries, self.rules
         other_passes, other_fails = self._others(ids)
         known = other_passes + other_fails
-        share = np.minimum(1.0, rules.neighbour_strength / np.maximum(known, FORGOTTEN))
+        strength = self.strength()[entries.cell[ids]]
+        share = np.minimum(1.0, strength / np.maximum(known, FORGOTTEN))
         judged = entries.judged[ids]
         trust = np.where(np.isnan(judged), 0.0, rules.judge_strength)
         judged = np.nan_to_num(judged)
@@ -166,6 +176,28 @@ class Difficulty:
         count = len(self.entries.cells)
         passes, fails = (np.bincount(self.entries.cell, of_entry, count) for of_entry in (self.passes, self.fails))
         return passes.astype(np.float64), fails.astype(np.float64)
+
+    def strength(self) -> Floats:
+        """Of each cell: how many answers to a prompt of it those to its other prompts are worth together."""
+        cells = len(self.entries.cells)
+        if not self.rules.neighbour_strength:
+            return np.zeros(cells)
+        known = self.passes + self.fails
+        (tried,) = np.nonzero(known > FORGOTTEN)
+        cell, weight, answers = self.entries.cell[tried], known[tried], self.answers[tried]
+        passes, fails = self.cell_evidence()
+        mean = passes / np.maximum(passes + fails, FORGOTTEN)
+        scatter = np.bincount(cell, weight * (self.passes[tried] / weight - mean[cell]) ** 2, cells)
+        # A prompt's rate of n answers has the variance mean·(1 - mean)·(1 + (n - 1)·ρ)/n. What the common mean takes of
+        # the scatter is 1 - weight/total of each; old answers weigh less, but there were as many.
+        free = weight * (1.0 - weight / (passes + fails)[cell]) / answers
+        alike = np.bincount(cell, free, cells)  # of the scatter, where ρ = 0; the number of prompts but one
+        correlated = np.bincount(cell, free * (answers - 1.0), cells)  # what ρ = 1 adds
+        variance = np.maximum(mean * (1.0 - mean), FORGOTTEN)
+        seen = np.clip((scatter / variance - alike) / np.maximum(correlated, FORGOTTEN), 0.0, 1.0)
+        first = 1.0 / (self.rules.neighbour_strength + 1.0)
+        correlation = (PRIOR_PROMPTS * first + alike * seen) / (PRIOR_PROMPTS + alike)
+        return np.minimum(MOST_STRENGTH, 1.0 / np.maximum(correlation, FORGOTTEN) - 1.0)
 
     def _others(self, ids: Ids) -> tuple[Floats, Floats]:
         """(passes, fails) of the other entries of each one's cell."""
@@ -193,6 +225,7 @@ class Difficulty:
             self.passes[entry] += weight * seen.passes
             self.fails[entry] += weight * (seen.total - seen.passes)
             self.tried[entry] += 1
+            self.answers[entry] += seen.total
             self.seen[entry] = max(self.seen[entry], seen.version)
         changes = [self._judge(name, observations) for name in dict.fromkeys(seen.entry for seen in observations)]
         self._watch_neighbours()
@@ -257,4 +290,4 @@ class Difficulty:
                 column[self.entries.id_of[name]] = value
 
     def _columns(self) -> list[npt.NDArray[Any]]:
-        return [self.passes, self.fails, self.tried, self.seen, self.state, self.due, self.watched]
+        return [self.passes, self.fails, self.tried, self.answers, self.seen, self.state, self.due, self.watched]

@@ -68,6 +68,49 @@ def test_an_entry_that_is_its_whole_cell_borrows_nothing():
     assert posterior(one, "maths/1") == (4.0, 2.0)
 
 
+def slow_strength(prompts):
+    """Of one cell; each prompt (decayed passes, decayed fails, answers ever)."""
+    prompts = [(p, f, n) for p, f, n in prompts if p + f > 1e-6]
+    total = sum(p + f for p, f, _ in prompts)
+    mean = sum(p for p, _, _ in prompts) / total
+    variance = max(mean * (1 - mean), 1e-6)
+    scatter = sum((p + f) * (p / (p + f) - mean) ** 2 for p, f, _ in prompts)
+    alike = sum((p + f) * (1 - (p + f) / total) / n for p, f, n in prompts)
+    correlated = sum((p + f) * (1 - (p + f) / total) * (n - 1) / n for p, f, n in prompts)
+    seen = min(1.0, max(0.0, (scatter / variance - alike) / max(correlated, 1e-6)))
+    correlation = (2 * 1 / 9 + alike * seen) / (2 + alike)
+    return min(64.0, 1 / max(correlation, 1e-6) - 1)
+
+
+def history_of(name, history, weight):
+    own = [(weight[i], p) for i, (entry, p, _) in enumerate(history) if entry == name]
+    return sum(w * p for w, p in own), sum(w * (8 - p) for w, p in own), 8 * len(own)
+
+
+def test_how_much_neighbours_tell_is_learnt_from_how_alike_they_are():
+    """Worked by hand for prompts of 16 answers each."""
+    cells = {f"p{i}": ("maths", 1) for i in range(9)}
+    dead, mixed, even = (difficulty(cells, decay=1.0) for _ in range(3))
+    for i in range(8):
+        dead.learn(0, [seen(f"p{i}", 0, 16)])
+        mixed.learn(0, [seen(f"p{i}", 16 * (i % 2), 16)])
+        even.learn(0, [seen(f"p{i}", 8, 16)])
+    # No scatter: ρ = (2/9 + 7·0)/(2 + 7) = 2/81, and 1/ρ - 1 = 39.5 answers, all of them wrong.
+    assert posterior(dead, "p8") == pytest.approx((1.0, 1 + 39.5)) and posterior(even, "p8") == pytest.approx(
+        (1 + 39.5 / 2, 1 + 39.5 / 2)
+    )
+    # All or nothing: scatter 128·¼, over ¼ is 128; (128 - 7)/(7·15) is above 1. ρ = (2/9 + 7)/9.
+    assert posterior(mixed, "p8") == pytest.approx((1 + (81 / 65 - 1) / 2, 1 + (81 / 65 - 1) / 2))
+
+
+def test_neighbours_lend_at_most_so_much_and_nothing_where_they_shall_not():
+    cells = {f"p{i}": ("maths", 1) for i in range(100)}
+    many, none = difficulty(cells, decay=1.0), difficulty(cells, decay=1.0, neighbour_strength=0.0)
+    for one in (many, none):
+        one.learn(0, [seen(f"p{i}", 0, 16) for i in range(99)])
+    assert posterior(many, "p99") == pytest.approx((1.0, 65.0)) and posterior(none, "p99") == (1.0, 1.0)
+
+
 @settings(max_examples=50)
 @given(
     st.lists(
@@ -91,7 +134,8 @@ def test_columns_agree_with_a_slow_twin(groups, decay):
             if entry != name and {entry, name} == {"a", "b"}
         ]  # fmt: skip
         total = sum(map(sum, others))
-        lent = min(1.0, 8 / total) if total else 0.0
+        cell = "ab" if name in "ab" else name
+        lent = min(1.0, slow_strength([history_of(entry, history, weight) for entry in cell]) / total) if total else 0.0
         alpha = 1 + sum(p for p, _ in own) + lent * sum(p for p, _ in others) + (4 * 0.25 if name == "b" else 0)
         beta = 1 + sum(f for _, f in own) + lent * sum(f for _, f in others) + (4 * 0.75 if name == "b" else 0)
         assert posterior(one, name) == pytest.approx((alpha, beta), abs=1e-4)
