@@ -35,6 +35,8 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from pipeline import plots
+
 app = typer.Typer(add_completion=False, help=__doc__)
 
 POOL_PROMPTS, DEAD_SHARE = 4000, 0.9
@@ -44,6 +46,8 @@ BEYOND = {"maths": range(14, 27, 2), "code": range(14, 27, 2), "dialogue": range
 HISTOGRAM = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.01)
 START_TASKS, START_SAMPLES = 16, 8  # of each (domain, level), to tell them apart
 HELD_OUT_TASKS, HELD_OUT_SAMPLES = 6, 4  # of each (domain, level)
+HELD_OUT = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1, 10], "tasks_per_level": HELD_OUT_TASKS,
+            "split": "held_out"}  # fmt: skip
 
 # Of A and B alike; each was the best of those tried, docs/log.md.
 SHARED = {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3}
@@ -59,6 +63,14 @@ FULL: dict[str, Any] = {
 LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
 }
+
+
+PLOT_WIDTH, PLOT_HEIGHT = 420, 266
+COLOURS = ("#3b6fb6", "#d9822b", "#3a8f5c", "#b0403f", "#7a5aa8", "#777777")
+STYLE = (
+    "text{font:10.5px sans-serif;fill:#555} .title{font-size:12px;font-weight:600;fill:#111} .grid{stroke:#ddd} "
+    ".line{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round} .fill{fill:currentColor}"
+)
 
 
 @app.command()
@@ -115,6 +127,17 @@ def starting_point(folder: Path) -> Path:
     if not (folder / "start" / "run" / "rates" / "COMPLETE").exists():
         pinned_run.run(recipe, folder / "start")
     return folder / "start" / "run" / "warm" / "checkpoint"
+
+
+def score_at_start(folder: Path, start: Path) -> float:
+    """Held-out pass@1 of the model that all arms begin with."""
+    run_dir = folder / "begin" / "run"
+    if not (run_dir / "begin" / "COMPLETE").exists():
+        stage = {"name": "begin", "kind": "evaluate", "policies": [f"{start}/"], "tasks": HELD_OUT, "k": [1],
+                 "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
+        pinned_run.run({"run": {"name": "begin", "seed": 1}, "stages": [stage]}, folder / "begin")
+    results = json.loads((run_dir / "begin" / "results.json").read_text())
+    return results["policies"][0]["pass_at_k"]["1"]["value"]
 
 
 def cell_rates(start: Path) -> dict[str, float]:
@@ -216,12 +239,10 @@ def trl_run(
 
 def evaluated(place: Path, rows: list[dict[str, Any]], trial: bool) -> list[dict[str, Any]]:
     """The curve, and but for a trial pass@k at its end. Of all checkpoints but the last only the scores are kept."""
-    held_out = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1, 10],
-                "tasks_per_level": HELD_OUT_TASKS, "split": "held_out"}  # fmt: skip
     checkpoints = {row["step"]: place / "checkpoints" / f"step-{row['step']:06}" for row in rows}
     many = {"name": "curve", "kind": "evaluate", "policies": [f"{path}/" for path in checkpoints.values()],
-            "tasks": held_out, "k": [1], "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
-    fewer = held_out | {"tasks_per_level": HELD_OUT_TASKS // 2}
+            "tasks": HELD_OUT, "k": [1], "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
+    fewer = HELD_OUT | {"tasks_per_level": HELD_OUT_TASKS // 2}
     last = many | {"name": "last", "policies": many["policies"][-1:], "tasks": fewer, "k": [1, 8, 32], "samples": 32}
     stages = [many] if trial else [many, last]
     recipe = {"run": {"name": "curve", "seed": 1}, "stages": stages}
@@ -277,12 +298,11 @@ def runs_in(folder: Path) -> Iterator[tuple[str, str, int, list[dict[str, Any]]]
 def table(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
     target: Annotated[list[float], typer.Option(help="Held-out pass@1 to read the curves at.")] = [0.5],  # noqa: B006
-    picture: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.svg or .png).")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.svg).")] = None,
 ) -> None:
     """Print one table a pool: median of the seeds, and their range."""
     start = folder / "start" / "run" / "warm" / "checkpoint"
-    rates = cell_rates(start)
-    at_start = statistics.fmean(rate for cell, rate in rates.items() if int(cell.split("/")[1]) in LEVELS)
+    at_start = score_at_start(folder, start)
     runs: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
     for pool, arm, _, curve in runs_in(folder):
         runs.setdefault(pool, {}).setdefault(arm, []).append(curve)
@@ -300,7 +320,7 @@ def table(
             end = ", ".join(f"{statistics.median(one[k] for one in ends):.3f}" for k in ("1", "8", "32") if ends)
             shown.add_row(arm, f"{len(curves)}", *cells, end)
         console.print(shown)
-    print(f"pass@1 at the start, levels alike: {at_start:.3f}")
+    print(f"held-out pass@1 at the start: {at_start:.3f}")
     print(pinned_run.circumstances())
     if picture:
         draw(runs, at_start, picture)
@@ -324,25 +344,31 @@ def shape(folder: Path, pool: str) -> str:
 
 
 def draw(runs: dict[str, dict[str, list[list[dict[str, Any]]]]], at_start: float, picture: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, rows = pyplot.subplots(len(runs), 2, figsize=(9, 3.4 * len(runs)), sharey=True, squeeze=False)
-    for axes, (pool, arms) in zip(rows, runs.items()):
-        for axis, key, label in zip(axes, ("generated_tokens", "seconds"), ("generated tokens", "seconds")):
-            for number, (arm, curves) in enumerate(arms.items()):
-                for curve in curves:
-                    x = [0, *(point[key] for point in curve)]
-                    y = [at_start, *(point["pass_at_1"] for point in curve)]
-                    axis.plot(x, y, color=f"C{number}", alpha=0.8, label=arm if curve is curves[0] else None)
-            axis.set(xlabel=label, title=f"pool {pool}")
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel("held-out pass@1")
-        axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(picture)
+    """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run."""
+    arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
+    parts = [
+        f'<circle class="fill c{colour}" cx="{14 + 90 * i}" cy="12" r="4"/><text x="{22 + 90 * i}" y="16">{arm}</text>'
+        for i, (arm, colour) in enumerate(zip(arms, itertools.cycle(range(plots.NUM_COLOURS))))
+    ]
+    for row, (pool, of_pool) in enumerate(runs.items()):
+        for column, (key, label) in enumerate((("generated_tokens", "generated tokens"), ("seconds", "seconds"))):
+            series = [
+                plots.Series(
+                    arm, [(0.0, at_start), *((point[key], point["pass_at_1"]) for point in curve)], arms.index(arm)
+                )
+                for arm, curves in of_pool.items()
+                for curve in curves
+            ]
+            plot = plots.line_plot(f"pool {pool}: held-out pass@1", series, x_label=label, percent=True, dots=True)
+            x, y = column * PLOT_WIDTH, 24 + row * PLOT_HEIGHT
+            place = f'<svg x="{x}" y="{y}" width="{PLOT_WIDTH}" height="{PLOT_HEIGHT}"'
+            parts.append(str(plot).replace("<svg", place, 1))
+    size = f"{2 * PLOT_WIDTH} {24 + len(runs) * PLOT_HEIGHT}"
+    colours = " ".join(f".c{i}{{color:{colour}}}" for i, colour in enumerate(COLOURS))
+    picture.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE} {colours}</style>'
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+    )
 
 
 if __name__ == "__main__":
