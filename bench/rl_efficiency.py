@@ -54,14 +54,17 @@ SHARED = {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3}
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0}
 FULL: dict[str, Any] = {
-    "groups_per_step": 16,
+    "groups_per_step": 4,
     "group_size": 16,
-    "learning_rate": 1.0e-3,
+    "learning_rate": 5.0e-4,
     "max_staleness": 2,
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.95},
 }
 LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
+    "small_batches": {"groups_per_step": 16, "learning_rate": 1.0e-3},
+    "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
+    "asynchrony": {"max_staleness": 0},
 }
 
 
