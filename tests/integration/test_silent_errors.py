@@ -46,6 +46,10 @@ class Pair:
         report = self.sync()
         assert report < 1e-4, "the pair is not sound to begin with"
 
+    def restart(self) -> None:
+        """Another engine: infinities that a broken one has left in its cache are masked, and still multiplied."""
+        self.runner.run(self.generator.restart(self.generator.settings))
+
     def inject(self, fault: str) -> None:
         self.runner.run(self.generator._engine.collective_rpc("inject", args=(fault,)))
 
@@ -138,6 +142,7 @@ def test_a_sync_that_goes_wrong_inside_the_engine_is_seen_by_the_probe(pair: Pai
     seen = first_seen(pair)
     assert pair.happened() > 0, "the fault did not happen"
     print(f"{fault}: {seen}")
+    pair.restart()
     assert seen
 
 
