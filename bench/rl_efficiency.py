@@ -49,7 +49,7 @@ HELD_OUT_TASKS, HELD_OUT_SAMPLES = 6, 4  # of each (domain, level)
 HELD_OUT = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1, 10], "tasks_per_level": HELD_OUT_TASKS,
             "split": "held_out"}  # fmt: skip
 
-# Of A and B alike; each was the best of those tried, docs/log.md.
+# Of A and B alike. Not tuned yet: A ran 24 steps at this rate and 4 at 4e-4, docs/results.md.
 SHARED = {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3}
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0}

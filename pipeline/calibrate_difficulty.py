@@ -1,8 +1,8 @@
 """How true the curriculum's posteriors are at the end of a run: each against a fresh pass rate of the final policy.
 
 Called by `pipeline/online_rl.py`, once the last step is taken. Writes `calibration.json`: of each entry asked, the pass
-rate expected of the final policy and what came. The answers are nobody's training: an entry that is a prompt is asked
-FRESH_ANSWERS times, a (domain, level) FRESH_TASKS of its tasks that no run draws, a part each.
+rate expected of the final policy and what came. Nobody trains on the answers: an entry that is a prompt is asked
+FRESH_ANSWERS times, a (domain, level) by FRESH_TASKS of its tasks with seeds that no run draws, a part each.
 """
 
 from __future__ import annotations

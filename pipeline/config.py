@@ -74,6 +74,13 @@ class DatasetTasks(Section):
     split: Literal["train", "held_out"] = "train"
     limit: PositiveInt | None = Field(None, description="use the first so many tasks of the split; null: all")
 
+    @model_validator(mode="after")
+    def _examples_have_their_own_keys(self) -> DatasetTasks:
+        for key in ("prompt_column", "answer_column"):
+            if self.format == "examples" and getattr(self, key) is not None:
+                raise ValueError(f"{key}: format examples has keys of its own; leave it out")
+        return self
+
 
 TaskSource = GeneratedTasks | DatasetTasks
 

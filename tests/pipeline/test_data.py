@@ -154,6 +154,12 @@ def test_broken_content_is_a_data_error(tmp_path: Path, text: str | bytes, words
         assert word in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["prompt_column", "answer_column"])
+def test_columns_of_examples_cannot_be_named(key: str) -> None:
+    with pytest.raises(ValueError, match=f"{key}: format examples has keys of its own"):
+        DatasetTasks.model_validate({"dataset": "a.jsonl", "format": "examples", key: "x"})
+
+
 def test_a_record_that_is_no_example_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [{"task": {"prompt": "1?"}}])
     with pytest.raises(DataError, match="record 1: not an example of ours"):
