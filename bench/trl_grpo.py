@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 import typer  # noqa: E402
 
@@ -56,6 +55,7 @@ def main(
     max_answer_tokens: Annotated[int, typer.Option()] = 160,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 10,
     seed: Annotated[int, typer.Option()] = 1,
+    threads: Annotated[int, typer.Option(help="Of torch; 1 where another run goes on beside it.")] = 2,
 ) -> None:
     """Train, and leave checkpoints on the way."""
     import torch
@@ -72,7 +72,7 @@ def main(
     from rewards.sandbox import Sandbox
     from rewards.task import Score
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     tasks = {example.task.task_id: example.task for example in read_examples(pool)}
     tokenizer, model = load_tokenizer(checkpoint), load_policy(checkpoint, "float32")
     freeze_routers(model)  # as our stage's default

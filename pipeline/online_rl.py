@@ -177,8 +177,10 @@ class RemoteGenerator:
             self.actor.call_async("sample", request, timeout_s=self.deadline_s), passed_on={"ValueError"}
         )
 
-    async def take_weights(self, location: str, version: int, expected: Published) -> SyncReport:
-        call = self.actor.call_async("take_weights", location, version, expected, timeout_s=self.deadline_s)
+    async def take_weights(self, location: str, version: int, expected: Published, repair: bool = False) -> SyncReport:
+        call = self.actor.call_async(
+            "take_weights", location, version, expected, repair=repair, timeout_s=self.deadline_s
+        )
         try:
             return await self._asked(call, passed_on={"WeightsRefused"})
         except ActorFailed as error:

@@ -306,7 +306,12 @@ class VllmGenerator:
         return str(self.version)
 
     async def take_weights(
-        self, location: str, version: int, expected: Published | None = None, seed: int | None = None
+        self,
+        location: str,
+        version: int,
+        expected: Published | None = None,
+        repair: bool = False,
+        seed: int | None = None,
     ) -> SyncReport:
         """Exchange the weights for others and label them. `location`: a safetensors file, a Hugging Face directory, or
         where a learner serves them (`rl/weight_stream.py`).
@@ -317,6 +322,10 @@ class VllmGenerator:
         is reported, not judged. The generator that unseeded requests share restarts from (seed, version), whatever the
         engine did before; such requests still draw in the order in which they happen to arrive. Where samples must
         repeat, give each request its own seed.
+
+        `repair`: the weights before were wrong. Cached prefixes are forgotten, and infinities in the KV cache cleared:
+        those of a block's unused places are masked, but still multiplied, and would spoil whoever comes next. Requests
+        in flight keep what was computed wrongly for them.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
@@ -333,6 +342,9 @@ class VllmGenerator:
                 except Exception as error:
                     await self._explain_failed_update(location, error)
                 load_ms = (time.perf_counter() - load_at) * 1e3
+                if repair:
+                    await self._engine.reset_prefix_cache()
+                    await self._engine.collective_rpc("clear_infinities")
                 receipt = await self._receipt()
                 self.version, self.seed = version, self.seed if seed is None else seed
                 await self._seed_sampling()

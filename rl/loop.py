@@ -225,7 +225,7 @@ class AsyncLoop:
             case protocol.Save(version, state):
                 work = partial(self._save, version, self._state(state))
             case protocol.Sync(index, incarnation, version):
-                syncing = partial(self._sync, command, self.published[version])
+                syncing = partial(self._sync, command, self.published[version], bool(self.controller.resyncing))
                 work = partial(self._or_death, index, incarnation, syncing)
             case protocol.Restart(index, incarnation):
                 work = partial(self._or_death, index, incarnation, partial(self._restart, command))
@@ -487,12 +487,12 @@ class AsyncLoop:
 
     # --- generators ----------------------------------------------------------------------------------------------
 
-    async def _sync(self, sync: protocol.Sync, expected: Published) -> protocol.Event:
+    async def _sync(self, sync: protocol.Sync, expected: Published, repair: bool) -> protocol.Event:
         """Requests in flight go on with the new weights."""
         begin = time.perf_counter()
         generator = self.generators[sync.generator]
         try:
-            report = await generator.take_weights(expected.location, sync.version, expected)
+            report = await generator.take_weights(expected.location, sync.version, expected, repair)
         except SyncRefused as error:
             self.on_event("sync_refused", generator=sync.generator, version=sync.version, reason=str(error))
             return protocol.SyncFailed(sync, str(error))

@@ -174,8 +174,9 @@ class Generator(Protocol):
     the caller's deadline, or raises GeneratorGone."""
 
     async def sample(self, request: SampleRequest) -> list[SampledAnswer]: ...
-    async def take_weights(self, location: str, version: int, expected: Published) -> SyncReport:
-        """Raises SyncRefused too."""
+    async def take_weights(self, location: str, version: int, expected: Published, repair: bool = False) -> SyncReport:
+        """`repair`: nothing that was computed with the weights before may be of use any more. Raises SyncRefused
+        too."""
         ...
 
     async def restart(self) -> None:

@@ -185,6 +185,11 @@ class WorkerExtension:
         """The `Receipt` of the last update, as plain values."""
         return vars(self.weight_transfer_engine.receipt)
 
+    def clear_infinities(self) -> None:
+        """From the KV cache."""
+        for cache in self.model_runner.kv_caches:
+            torch.nan_to_num_(cache, nan=0.0, posinf=0.0, neginf=0.0)
+
     def seed_sampling(self, seed: int) -> None:
         """Restart the generator that unseeded requests draw from."""
         torch.manual_seed(seed)

@@ -32,6 +32,12 @@ class FaultyExtension(WorkerExtension):
             whole = model.load_weights
             model.load_weights = lambda stream: whole(broken(stream, fault))
 
+    def poison_cache(self) -> int:
+        """What a broken model may leave behind: infinities in every block. Returns how many numbers it overwrote."""
+        for cache in self.model_runner.kv_caches:
+            cache.fill_(float("inf"))
+        return sum(cache.numel() for cache in self.model_runner.kv_caches)
+
     def faults_happened(self) -> int:
         return FaultyExtension.happened
 

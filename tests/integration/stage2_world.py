@@ -146,7 +146,7 @@ class Engine:
         logprobs = [-rng.uniform(4, 6) for _ in ids]
         return SampledAnswer(token_ids=ids, logprobs=logprobs, versions=[self.version] * len(ids), finish_reason="stop")
 
-    async def take_weights(self, path: str, version: int, expected: Published) -> SyncReport:
+    async def take_weights(self, path: str, version: int, expected: Published, repair: bool = False) -> SyncReport:
         with WeightFiles(path) as weights:
             self.version, self.digest = version, weights_digest(iter(weights))
             return SyncReport(version=version, num_tensors=len(weights), digest=self.digest, pause_ms=0, load_ms=0)

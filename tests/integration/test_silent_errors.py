@@ -56,11 +56,11 @@ class Pair:
     def happened(self) -> int:
         return self.runner.run(self.generator._engine.collective_rpc("faults_happened"))[0]
 
-    def sync(self) -> float:
+    def sync(self, repair: bool = False) -> float:
         """The distance of the engine from the learner on the probe."""
         path = self.folder / f"v{self.learner.version}.safetensors"
         published = self.learner.publish(str(path))
-        report = self.runner.run(self.generator.take_weights(str(path), self.learner.version, published))
+        report = self.runner.run(self.generator.take_weights(str(path), self.learner.version, published, repair))
         assert report.digest == published.digest
         return report.probe_distance / published.probe.tolerance
 
@@ -154,6 +154,18 @@ def test_a_cache_that_outlives_its_weights_is_seen_by_the_probe(pair: Pair, monk
     seen = first_seen(pair)
     print(f"stale cache: {seen}")
     assert seen.startswith("probe")
+
+
+def test_what_a_broken_engine_left_in_its_cache_goes_when_it_is_given_its_weights_again(pair: Pair) -> None:
+    """Infinities of a block's unused places are masked, and multiplied with zero all the same."""
+    pair.renew()
+    assert pair.runner.run(pair.generator._engine.collective_rpc("poison_cache"))[0] > 0
+    pair.sync()
+    assert not pair.learner.step(pair.sample()).metrics["mismatch_k3"] < 1e-6, "the cache does no harm"
+    pair.learner = PolicyLearner(SETTINGS)
+    pair.learner.start()
+    assert pair.sync(repair=True) < 1
+    assert pair.learner.step(pair.sample()).metrics["mismatch_k3"] < 1e-6
 
 
 def shifted(batch: TrainBatch) -> TrainBatch:

@@ -94,7 +94,7 @@ class SlowEngine:
             for tokens in lengths
         ]  # fmt: skip
 
-    async def take_weights(self, path: str, version: int, expected: Published) -> SyncReport:
+    async def take_weights(self, path: str, version: int, expected: Published, repair: bool = False) -> SyncReport:
         self.version = version
         return SyncReport(version=version, num_tensors=1, digest=expected.digest, pause_ms=0, load_ms=0)
 

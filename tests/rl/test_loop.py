@@ -40,7 +40,7 @@ class EchoGenerator:
             for index in range(request.num_samples)
         ]
 
-    async def take_weights(self, path, version, expected):
+    async def take_weights(self, path, version, expected, repair=False):
         self.version = version
         return SyncReport(version=version, num_tensors=1, digest=self.digest or expected.digest, pause_ms=0, load_ms=0)
 
@@ -164,7 +164,7 @@ def test_engines_begin_with_what_the_learner_makes_of_the_checkpoint():
     class Recording(EchoGenerator):
         taken = []
 
-        async def take_weights(self, path, version, expected):
+        async def take_weights(self, path, version, expected, repair=False):
             self.taken.append((self.requests, version, expected.digest))
             return await super().take_weights(path, version, expected)
 
@@ -195,7 +195,7 @@ def test_the_first_error_of_a_background_task_ends_the_run():
 
 def test_an_engine_with_other_weights_stops_the_run():
     class StaleFromVersion1(EchoGenerator):
-        async def take_weights(self, path, version, expected):
+        async def take_weights(self, path, version, expected, repair=False):
             return await super().take_weights(path, version, expected if version == 0 else published(0))
 
     with pytest.raises(HealthStop, match="holds digest d0 after it was given version 1; the learner published d1"):
@@ -204,7 +204,7 @@ def test_an_engine_with_other_weights_stops_the_run():
 
 def test_an_engine_that_was_sent_the_right_bytes_and_computes_something_else_stops_the_run():
     class Unpacked(EchoGenerator):
-        async def take_weights(self, path, version, expected):
+        async def take_weights(self, path, version, expected, repair=False):
             report = await super().take_weights(path, version, expected)
             return dataclasses.replace(report, probe_distance=0.2 if version == 2 else 0.0)
 
@@ -227,7 +227,7 @@ def test_a_refused_sync_is_tried_again():
     class RefusesOnce(EchoGenerator):
         refused = False
 
-        async def take_weights(self, path, version, expected):
+        async def take_weights(self, path, version, expected, repair=False):
             if version == 1 and not self.refused:
                 self.refused = True
                 raise SyncRefused("not now")
@@ -474,12 +474,12 @@ def test_a_number_past_its_limit_is_told_then_engines_get_their_weights_again_th
     taken, events = [], []
 
     class Recording(EchoGenerator):
-        async def take_weights(self, path, version, expected):
-            taken.append(version)
+        async def take_weights(self, path, version, expected, repair=False):
+            taken.append((version, repair))
             return await super().take_weights(path, version, expected)
 
     limits = {"mismatch_k3": Limit(warn=0.1, stop=1.0, resync=True)}
     with pytest.raises(HealthStop, match="step 3: mismatch_k3 is 9, above 1 for 3 steps"):
         run(Recording(), Mismatched(), steps=9, max_staleness=0, limits=limits, told=events)
     assert [event["action"] for event in events if "action" in event] == ["resync", "warn", "stop"]
-    assert len(taken) > len(set(taken)), "no weights were given twice"
+    assert taken == [(0, False), (0, True), (1, False), (2, False)], "what it has is given again, once, as a repair"
