@@ -270,6 +270,9 @@ class CurriculumSettings(Section):
         8.0, description="answers that a prompt borrows from others of its domain and level, until it is known how "
         "alike those are; 0: none, ever"
     )  # fmt: skip
+    ordered_levels: bool = Field(
+        True, description="no level of a domain is easier than those below it: what is known of one bounds the others"
+    )
     retire_above: Share | None = Field(0.9, description="pass rate from which a task is drawn no more; null: never")
     park_below: Share | None = Field(0.05, description="pass rate up to which it is too hard, for now; null: never")
     retest_every_steps: PositiveInt = Field(20, description="steps after which what is retired or parked is re-tested")
@@ -405,6 +408,7 @@ class OnlineRlStage(Stage):
     temperature: PositiveFloat = 1.0
     learning_rate: PositiveFloat = 2e-4
     warmup_steps: Annotated[int, Field(ge=0)] = 3
+    last_rate_share: Share = Field(1.0, description="of the learning rate at the last step; linear decline over all")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = Field(8192, description="tokens per forward pass; no effect on the result")

@@ -407,6 +407,8 @@ def learner_settings(
         dtype=stage.dtype,
         learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
+        num_steps=stage.steps,
+        last_rate=stage.last_rate_share,
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         micro_batch_tokens=stage.micro_batch_tokens,
@@ -529,6 +531,7 @@ def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
         park_below=settings.park_below if sets_aside else None,
         retest_every=settings.retest_every_steps,
         retest_rise=settings.retest_rise,
+        ordered_levels=settings.ordered_levels,
     )
     return CurriculumRules(
         band=reachable_band(stage.group_size, settings.band),

@@ -3,7 +3,7 @@
 An *entry* is what the curriculum chooses: one prompt of a data set, or a (domain, level) of a generator that never runs
 dry. All entries of a (domain, level) form a *cell*. At policy version v an entry's pass rate has the posterior
 
-    Beta(1 + Σ λ^(v - v_i)·passes_i + borrowed,  1 + Σ λ^(v - v_i)·fails_i + borrowed)         (MoPPS 2025, with priors)
+    Beta(prior + Σ λ^(v - v_i)·passes_i + borrowed,  prior + Σ λ^(v - v_i)·fails_i + borrowed)    (MoPPS 2025, with priors)
 
 over its observations i, each with the version v_i that gave its answers: what an older policy could do counts less.
 Borrowed are, as so many answers,
@@ -13,6 +13,10 @@ Borrowed are, as so many answers,
 
 so a prompt never tried begins at what the judge and its neighbours say, and leaves it as its own answers come in. An
 entry that is its whole cell has no neighbours to borrow from.
+
+The prior is Beta(1, 1), or what the order of levels leaves of it: a level is no easier than those below it, and no
+harder than those above (`Difficulty.level_prior`). So a few answers to hopeless prompts of one level speak for all that
+are harder, where a cell alone would have to be tried to be ruled out.
 
 How much neighbours tell is learnt, cell by cell: pass rates within a cell are taken for Beta-distributed with a mean
 and a correlation ρ of two answers to one prompt, and strength = 1/ρ - 1 is that distribution's α + β. ρ begins at
@@ -48,6 +52,7 @@ STATES = ("new", "active", "retired", "parked")
 PRIOR = 1.0  # Beta(1, 1): any pass rate is as likely as any other
 PRIOR_PROMPTS = 2.0
 MOST_STRENGTH = 64.0  # answers; neighbours never tell more
+MOST_FROM_LEVELS = 32.0  # answers; nor does the order of levels
 FORGOTTEN = 1e-6  # answers; less evidence than this is none
 NEVER = np.iinfo(np.int32).max
 
@@ -72,6 +77,7 @@ class Entries:
         self.domain: Ids = np.array([domain_ids[domain] for domain, _ in cells.values()])
         self.cell: Ids = np.array([cell_ids[cell] for cell in cells.values()])
         self.easier = self._easier()
+        self.ladders = self._ladders()
         judged = judged or {}
         self.judged: Floats = np.array([judged.get(name, np.nan) for name in self.names])
 
@@ -79,6 +85,14 @@ class Entries:
         """Of each cell, the one a level below, or -1."""
         cell_ids = {cell: i for i, cell in enumerate(self.cells)}
         return np.array([cell_ids.get((domain, level - 1), -1) for domain, level in self.cells])
+
+    def _ladders(self) -> list[Ids]:
+        """Of each domain with several levels, its cells from the easiest level to the hardest."""
+        ladders = [
+            sorted((i for i, (of, _) in enumerate(self.cells) if of == domain), key=lambda i: self.cells[i][1])
+            for domain in self.domains
+        ]
+        return [np.array(ladder) for ladder in ladders if len(ladder) > 1]
 
     def add(self, cells: Mapping[str, tuple[str, int]]) -> None:
         """More entries, of domains that are here already."""
@@ -90,7 +104,7 @@ class Entries:
         self.domain = np.append(self.domain, [self.domains.index(domain) for domain, _ in cells.values()])
         self.cell = np.append(self.cell, [self.cells.index(cell) for cell in cells.values()])
         self.judged = np.append(self.judged, np.full(len(cells), np.nan))
-        self.easier = self._easier()
+        self.easier, self.ladders = self._easier(), self._ladders()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -105,6 +119,7 @@ class DifficultyRules:
     park_below: float | None  # pass rate; None: never
     retest_every: int  # versions
     retest_rise: float  # of the neighbours' pass rate
+    ordered_levels: bool = True  # no level of a domain is easier than those below it
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +178,33 @@ class Difficulty:
         judged = entries.judged[ids]
         trust = np.where(np.isnan(judged), 0.0, rules.judge_strength)
         judged = np.nan_to_num(judged)
-        alpha = PRIOR + self.passes[ids] + share * other_passes + trust * judged
-        beta = PRIOR + self.fails[ids] + share * other_fails + trust * (1.0 - judged)
+        prior_alpha, prior_beta = (of_cell[entries.cell[ids]] for of_cell in self.level_prior())
+        alpha = prior_alpha + self.passes[ids] + share * other_passes + trust * judged
+        beta = prior_beta + self.fails[ids] + share * other_fails + trust * (1.0 - judged)
+        return alpha, beta
+
+    def level_prior(self) -> tuple[Floats, Floats]:
+        """(α, β) of each cell, from the other levels of its domain.
+
+        The rate of a level is at most that of any run of levels that ends below it, and at least that of any run that
+        begins above it. Each run's own rate is known up to √3 standard deviations, which is all of [0, 1] for Beta(1, 1).
+        Between the tightest of these bounds any rate is as likely: the prior is the Beta distribution with the mean and
+        the variance of that uniform one, worth `MOST_FROM_LEVELS` answers at most.
+        """
+        alpha, beta = (np.full(len(self.entries.cells), PRIOR) for _ in range(2))
+        if not self.rules.ordered_levels:
+            return alpha, beta
+        passes, fails = self.cell_evidence()
+        for ladder in self.entries.ladders:
+            most = _tightest(passes[ladder], fails[ladder])
+            # Turned round, with right and wrong exchanged, the same bound is the one from above.
+            least = 1.0 - _tightest(fails[ladder][::-1], passes[ladder][::-1])[::-1]
+            crossed = least > most  # the levels seem not to be ordered here: the two bounds contradict each other
+            least, most = np.where(crossed, most, least), np.where(crossed, least, most)
+            mean = np.clip((least + most) / 2.0, 1e-3, 1.0 - 1e-3)
+            variance = np.maximum((most - least) ** 2 / 12.0, FORGOTTEN)
+            strength = np.clip(mean * (1.0 - mean) / variance - 1.0, 2 * PRIOR, MOST_FROM_LEVELS)
+            alpha[ladder], beta[ladder] = strength * mean, strength * (1.0 - mean)
         return alpha, beta
 
     def mean(self, ids: Ids) -> Floats:
@@ -291,3 +331,17 @@ class Difficulty:
 
     def _columns(self) -> list[npt.NDArray[Any]]:
         return [self.passes, self.fails, self.tried, self.answers, self.seen, self.state, self.due, self.watched]
+
+
+def _tightest(passes: Floats, fails: Floats) -> Floats:
+    """Of each level, the least upper bound that a run of levels ending right below it puts on its rate; 1 for the
+    easiest."""
+    levels = len(passes)
+    passes_up_to, fails_up_to = (np.concatenate([[0.0], np.cumsum(of_level)]) for of_level in (passes, fails))
+    alpha = PRIOR + passes_up_to[:levels, None] - passes_up_to[None, :levels]  # [level, first level of the run]
+    beta = PRIOR + fails_up_to[:levels, None] - fails_up_to[None, :levels]
+    is_run = np.tri(levels, k=-1, dtype=bool)
+    alpha, beta = np.where(is_run, alpha, PRIOR), np.where(is_run, beta, PRIOR)
+    total = alpha + beta
+    deviation = np.sqrt(alpha * beta / (total + 1.0)) / total
+    return np.minimum(1.0, alpha / total + np.sqrt(3.0) * deviation).min(axis=1)

@@ -49,6 +49,8 @@ class LearnerSettings:
     dtype: str  # of the forward pass and of published weights
     learning_rate: float
     warmup_steps: int
+    num_steps: int = 1  # of the run; the learning rate declines linearly over them,
+    last_rate: float = 1.0  # to this share of it
     weight_decay: float
     max_grad_norm: float
     micro_batch_tokens: int
@@ -281,17 +283,24 @@ class PolicyLearner:
         for _ in range(num_passes - len(cuts[own])):
             self._backward_of_nothing(cuts[0])
         gauges = Gauges.joined(self._gathered(gauges))
-        warmup = min(1.0, (self.version + 1) / max(1, settings.warmup_steps))
+        scale = self._rate_scale()
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * warmup
+            group["lr"] = group["initial_lr"] * scale
         norm = clip_grad_norm(self.model, settings.max_grad_norm)
         if math.isfinite(norm.item()):
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * warmup}
+        rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * scale}
         routers = self.routers.end_step()
         fp8 = self.fp8.metrics() if self.fp8 else {}  # last: what the routers' probe left in its gauges is of this step
         return gauges.metrics() | rates | routers | fp8, int(denominators.tokens)
+
+    def _rate_scale(self) -> float:
+        """Of the learning rate in this step: up from nothing in the first few, and down towards the last."""
+        settings = self.settings
+        warmup = min(1.0, (self.version + 1) / max(1, settings.warmup_steps))
+        done = self.version / max(1, settings.num_steps - 1)
+        return warmup * (1.0 - (1.0 - settings.last_rate) * min(1.0, done))
 
     def _denominators(self, cuts: Sequence[MicroBatch]) -> Denominators:
         return Denominators(

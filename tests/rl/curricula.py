@@ -5,7 +5,7 @@ from rl.difficulty import DifficultyRules, Entries
 
 DIFFICULTY = dict(
     decay=0.9, judge_strength=4.0, neighbour_strength=8.0, retire_above=None, park_below=None, retest_every=20,
-    retest_rise=0.1,
+    retest_rise=0.1, ordered_levels=False,
 )  # fmt: skip
 RULES = dict(
     band=(0.25, 0.75), group_size=16, explore_share=0.0, max_resamples=3, allocator="fixed", largest_group=64, screen=4,

@@ -12,7 +12,7 @@ from rl.difficulty import Difficulty, DifficultyRules, Entries, Observation
 
 RULES = dict(
     decay=0.5, judge_strength=4.0, neighbour_strength=8.0, retire_above=0.9, park_below=0.1, retest_every=5,
-    retest_rise=0.2,
+    retest_rise=0.2, ordered_levels=False,
 )  # fmt: skip
 
 
@@ -109,6 +109,83 @@ def test_neighbours_lend_at_most_so_much_and_nothing_where_they_shall_not():
     for one in (many, none):
         one.learn(0, [seen(f"p{i}", 0, 16) for i in range(99)])
     assert posterior(many, "p99") == pytest.approx((1.0, 65.0)) and posterior(none, "p99") == (1.0, 1.0)
+
+
+def ladder(*counts, **changes):
+    """A domain of so many levels, of each (passes, fails)."""
+    one = difficulty(
+        {f"maths/{level}": ("maths", level) for level in range(1, len(counts) + 1)},
+        **{"decay": 1.0, "ordered_levels": True} | changes,
+    )
+    one.learn(0, [seen(f"maths/{i}", p, p + f) for i, (p, f) in enumerate(counts, 1) if p + f])
+    return one
+
+
+def test_what_nobody_knows_may_be_anything_whatever_the_order_of_levels():
+    alpha, beta = ladder((0, 0), (0, 0), (0, 0)).level_prior()
+    assert list(alpha) == list(beta) == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_a_level_bounds_those_above_it_from_above_and_those_below_it_from_below():
+    """By hand: 0 of 4 is Beta(1, 5), at most 1/6 + √3·√(5/252) = 0.4107. Uniform up to u has the mean u/2 and the
+    variance u²/12, as a Beta distribution worth 6/u - 4 answers."""
+    alpha, beta = ladder((0, 0), (0, 4), (0, 0)).level_prior()
+    bound = 1 / 6 + math.sqrt(3 * 5 / 252)
+    assert (alpha[0], beta[0]) == (1.0, 1.0), "the one below may be anything"
+    assert (alpha[1], beta[1]) == (1.0, 1.0), "its own answers are not counted twice"
+    assert alpha[2] + beta[2] == pytest.approx(6 / bound - 4) and alpha[2] / (alpha[2] + beta[2]) == pytest.approx(
+        bound / 2
+    )
+    mirrored = ladder((0, 0), (4, 0), (0, 0)).level_prior()
+    assert mirrored[0][0] == pytest.approx(beta[2]) and mirrored[1][0] == pytest.approx(alpha[2])
+
+
+def test_levels_together_say_more_than_each_and_never_more_than_so_many_answers():
+    one, many = ladder((0, 4), (0, 0)).level_prior(), ladder((0, 4), (0, 4), (0, 4), (0, 0)).level_prior()
+    assert many[1][3] > one[1][1]
+    alpha, beta = ladder((0, 400), (0, 0)).level_prior()
+    assert alpha[1] + beta[1] == pytest.approx(32.0)
+
+
+def test_levels_that_are_not_in_order_leave_a_prior_between_their_bounds():
+    alpha, beta = ladder((0, 400), (0, 0), (400, 0)).level_prior()
+    assert alpha[1] / (alpha[1] + beta[1]) == pytest.approx(0.5)
+
+
+def test_own_answers_and_neighbours_come_on_top_of_the_order_of_levels():
+    cells = {"easy": ("maths", 1), "a": ("maths", 2), "b": ("maths", 2), "other": ("code", 2)}
+    one = difficulty(cells, decay=1.0, ordered_levels=True)
+    one.learn(0, [seen("easy", 0, 16), seen("a", 2, 4)])
+    alpha, beta = one.level_prior()
+    cell = one.entries.cell[1]
+    assert posterior(one, "a") == pytest.approx((alpha[cell] + 2, beta[cell] + 2))
+    assert posterior(one, "b") == pytest.approx((alpha[cell] + 2, beta[cell] + 2))
+    assert posterior(one, "other") == (1.0, 1.0)
+
+
+def slow_bounds(counts, level):
+    """(least, most) that levels put on one, by all runs below and above it."""
+
+    def spread(some):
+        alpha, beta = 1 + sum(p for p, _ in some), 1 + sum(f for _, f in some)
+        total = alpha + beta
+        return alpha / total, math.sqrt(3 * alpha * beta / (total + 1)) / total
+
+    most = [mean + width for mean, width in (spread(counts[first:level]) for first in range(level))]
+    least = [
+        mean - width
+        for mean, width in (spread(counts[level + 1 : last]) for last in range(level + 2, len(counts) + 1))
+    ]
+    return max([0.0, *least]), min([1.0, *most])
+
+
+@settings(max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16)), min_size=2, max_size=6))
+def test_bounds_of_levels_agree_with_a_slow_twin(counts):
+    alpha, beta = ladder(*counts).level_prior()
+    for level in range(len(counts)):
+        least, most = sorted(slow_bounds(counts, level))
+        assert alpha[level] / (alpha[level] + beta[level]) == pytest.approx((least + most) / 2, abs=1e-3)
 
 
 @settings(max_examples=50)
