@@ -3,7 +3,7 @@
 An *entry* is what the curriculum chooses: one prompt of a data set, or a (domain, level) of a generator that never runs
 dry. All entries of a (domain, level) form a *cell*. At policy version v an entry's pass rate has the posterior
 
-    Beta(prior + Σ λ^(v - v_i)·passes_i + borrowed,  prior + Σ λ^(v - v_i)·fails_i + borrowed)    (MoPPS 2025, with priors)
+    Beta(prior + Σ λ^(v - v_i)·passes_i + borrowed, prior + Σ λ^(v - v_i)·fails_i + borrowed)   (MoPPS 2025, with priors)
 
 over its observations i, each with the version v_i that gave its answers: what an older policy could do counts less.
 Borrowed are, as so many answers,
@@ -187,7 +187,7 @@ class Difficulty:
         """(α, β) of each cell, from the other levels of its domain.
 
         The rate of a level is at most that of any run of levels that ends below it, and at least that of any run that
-        begins above it. Each run's own rate is known up to √3 standard deviations, which is all of [0, 1] for Beta(1, 1).
+        begins above it. A run's own rate is known up to √3 standard deviations, which is all of [0, 1] for Beta(1, 1).
         Between the tightest of these bounds any rate is as likely: the prior is the Beta distribution with the mean and
         the variance of that uniform one, worth `MOST_FROM_LEVELS` answers at most.
         """
