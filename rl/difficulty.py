@@ -3,7 +3,7 @@
 An *entry* is what the curriculum chooses: one prompt of a data set, or a (domain, level) of a generator that never runs
 dry. All entries of a (domain, level) form a *cell*. At policy version v an entry's pass rate has the posterior
 
-    Beta(prior + Σ λ^(v - v_i)·passes_i + borrowed, prior + Σ λ^(v - v_i)·fails_i + borrowed)   (MoPPS 2025, with priors)
+    Beta(prior + Σ λ^(v - v_i)·passes_i + borrowed, prior + Σ λ^(v - v_i)·fails_i + borrowed)    (MoPPS, with priors)
 
 over its observations i, each with the version v_i that gave its answers: what an older policy could do counts less.
 Borrowed are, as so many answers,

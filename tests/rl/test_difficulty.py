@@ -173,8 +173,7 @@ def slow_bounds(counts, level):
 
     most = [mean + width for mean, width in (spread(counts[first:level]) for first in range(level))]
     least = [
-        mean - width
-        for mean, width in (spread(counts[level + 1 : last]) for last in range(level + 2, len(counts) + 1))
+        mean - width for mean, width in (spread(counts[level + 1 : last]) for last in range(level + 2, len(counts) + 1))
     ]
     return max([0.0, *least]), min([1.0, *most])
 

@@ -211,9 +211,7 @@ def test_a_slow_router_takes_its_share_of_the_learning_rate_through_warmup(check
 
 def test_the_learning_rate_declines_to_its_share_at_the_last_step(checkpoint):
     made = learner(checkpoint, warmup_steps=2, num_steps=5, last_rate=0.2)
-    rates = [
-        made.step(dataclasses.replace(batch(), version=version)).metrics["learning_rate"] for version in range(6)
-    ]
+    rates = [made.step(dataclasses.replace(batch(), version=version)).metrics["learning_rate"] for version in range(6)]
     assert rates == pytest.approx([0.5e-3, 0.8e-3, 0.6e-3, 0.4e-3, 0.2e-3, 0.2e-3])
     assert learner(checkpoint, num_steps=5).step(batch()).metrics["learning_rate"] == 1e-3
 
