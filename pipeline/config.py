@@ -407,6 +407,9 @@ class OnlineRlStage(Stage):
     max_answer_tokens: PositiveInt = 160
     temperature: PositiveFloat = 1.0
     learning_rate: PositiveFloat = 2e-4
+    updates_per_step: PositiveInt = Field(
+        1, description="of the optimiser on each step's batch; from the second on the trust region holds it back"
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = 3
     last_rate_share: Share = Field(1.0, description="of the learning rate at the last step; linear decline over all")
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0

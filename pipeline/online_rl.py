@@ -418,6 +418,7 @@ def learner_settings(
         balance_coef=stage.router.balance_coef,
         z_coef=stage.router.z_coef,
         objective=stage.objective.switches(),
+        updates=stage.updates_per_step,
         longest_answer=stage.max_answer_tokens,
         seed=seed,
         fp8=fp8_settings(stage.fp8),

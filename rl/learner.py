@@ -60,6 +60,7 @@ class LearnerSettings:
     balance_coef: float
     z_coef: float
     objective: Objective
+    updates: int = 1  # of the optimiser, on each step's batch
     longest_answer: int  # tokens
     seed: int
     fp8: Fp8Settings | None = None  # of the routed experts' products
@@ -140,11 +141,13 @@ class PolicyLearner:
         return Fp8Training(self.model, self.settings.fp8, self.notes.append, gather=self._gathered)
 
     def step(self, batch: TrainBatch, publish_to: str | None = None) -> StepReport:
-        """One optimiser step; with `publish_to`, the new weights are written there and their digest reported."""
+        """One step of the run, of as many updates as the settings say; with `publish_to`, the new weights are written
+        there and their digest reported. Metrics are those of the first update: only there are engine and learner the
+        same policy."""
         if batch.version != self.version:
             raise RuntimeError(f"a batch for version {batch.version} reached a learner at version {self.version}")
         begin = time.perf_counter()
-        metrics, tokens = self._update(batch)
+        metrics, tokens = self._updates(batch)
         staleness = Counter(str(batch.version - version) for versions in batch.token_versions for version in versions)
         self.version += 1
         stepped = time.perf_counter()
@@ -263,23 +266,40 @@ class PolicyLearner:
 
         return getattr(torch, self.settings.dtype)
 
-    def _update(self, batch: TrainBatch) -> tuple[dict[str, float], int]:
-        from model.parallel import clip_grad_norm
-        from model.router_watch import RoutedBatch
+    def _updates(self, batch: TrainBatch) -> tuple[dict[str, float], int]:
         from rl.batcher import micro_batches
 
-        settings = self.settings
-        cuts = micro_batches(batch, settings.micro_batch_tokens, share_prompts=self._shares_prompts())
+        cuts = micro_batches(batch, self.settings.micro_batch_tokens, share_prompts=self._shares_prompts())
         denominators = self._denominators(cuts)
         if denominators.tokens == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
+        at_start: list[torch.Tensor] = []  # of each of this learner's cuts, log π of its tokens
+        metrics = self._update(cuts, denominators, at_start)
+        for _ in range(self.settings.updates - 1):
+            if not math.isfinite(metrics["grad_norm"]):
+                break
+            again = self._update(cuts, denominators, at_start)
+            metrics |= {"last_clip_share": again["clip_share"], "grad_norm": again["grad_norm"]}
+        return metrics, int(denominators.tokens)
+
+    def _update(
+        self, cuts: Sequence[MicroBatch], denominators: Denominators, at_start: list[torch.Tensor]
+    ) -> dict[str, float]:
+        """One update of the optimiser. The first one fills `at_start`; later ones read it."""
+        from model.parallel import clip_grad_norm
+        from model.router_watch import RoutedBatch
+
+        settings = self.settings
         routed = [RoutedBatch(cut.ids_BS, cut.real_BS, cut.replay_BSM, cut.position_BS) for cut in cuts]
         own = slice(settings.rank, None, settings.world_size)
         num_passes = -(-len(cuts) // settings.world_size)
         self.routers.begin_step(routed, routed[own], num_passes)
-        gauges = Gauges()
-        for cut in cuts[own]:
-            gauges.add(cut, *self._backward(cut, denominators))
+        gauges, is_first = Gauges(), not at_start
+        for number, cut in enumerate(cuts[own]):
+            stats, policy = self._backward(cut, denominators, None if is_first else at_start[number])
+            gauges.add(cut, stats, policy)
+            if is_first:
+                at_start.append(stats.logprob_T.detach())
         for _ in range(num_passes - len(cuts[own])):
             self._backward_of_nothing(cuts[0])
         gauges = Gauges.joined(self._gathered(gauges))
@@ -293,7 +313,7 @@ class PolicyLearner:
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * scale}
         routers = self.routers.end_step()
         fp8 = self.fp8.metrics() if self.fp8 else {}  # last: what the routers' probe left in its gauges is of this step
-        return gauges.metrics() | rates | routers | fp8, int(denominators.tokens)
+        return gauges.metrics() | rates | routers | fp8
 
     def _rate_scale(self) -> float:
         """Of the learning rate in this step: up from nothing in the first few, and down towards the last."""
@@ -327,11 +347,19 @@ class PolicyLearner:
         torch.distributed.all_gather_object(parts, own)
         return parts
 
-    def _backward(self, cut: MicroBatch, denominators: Denominators) -> tuple[TokenStatistics, PolicyLoss]:
+    def _backward(
+        self, cut: MicroBatch, denominators: Denominators, at_start: torch.Tensor | None = None
+    ) -> tuple[TokenStatistics, PolicyLoss]:
         """Adds one micro-batch's gradient."""
         stats, routes = self._passed(cut)
         tokens = Tokens(
-            stats.logprob_T, cut.generator_logprobs, cut.advantages, cut.staleness, cut.answer, stats.entropy_T
+            stats.logprob_T,
+            cut.generator_logprobs,
+            cut.advantages,
+            cut.staleness,
+            cut.answer,
+            stats.entropy_T,
+            at_start,
         )
         policy = policy_loss(tokens, denominators, self.settings.objective)
         (policy.loss + self.routers.loss(routes)).backward()

@@ -27,7 +27,7 @@ value is not.
                 tis     min(w, mismatch_high)                                          (Yao et al. 2025)
                 icepop  w inside [mismatch_low, mismatch_high], else 0                 (Ling team 2025)
                 sequence_mask  min(w, 2) for answers whose exp(mean log w) lies inside those bounds, else 0
-    proximal    recomputed  π at the start of the step. One optimiser step a batch: π₀ = sg(π), so r is 1
+    proximal    recomputed  π at the start of the step. In its first update π₀ = sg(π), so r is 1
                 rollout     μ: then w is 1 and r holds mismatch and staleness together
                 log_linear  log π₀ = log μ + α (log π - log μ), α = (s - 1)/s at staleness s >= 1, else 0 (A-3PO 2025)
     aggregation token_mean      c = 1/N, N the tokens with signal of the whole batch
@@ -146,6 +146,7 @@ class Tokens(NamedTuple):
     staleness: torch.Tensor  # versions, int64 [T]
     answer: torch.Tensor  # which answer of this micro-batch, int64 [T], 0, 0, 0, 1, 1, …
     entropy: torch.Tensor  # of π, nats, [T]; read only with entropy_coef
+    at_start: torch.Tensor | None = None  # log π at the start of the step, [T]; None: this is its first update
 
 
 class Denominators(NamedTuple):
@@ -182,12 +183,13 @@ def policy_loss(tokens: Tokens, denominators: Denominators, objective: Objective
 
 
 def _proximal(log_pi: torch.Tensor, tokens: Tokens, objective: Objective) -> torch.Tensor:
+    at_start = log_pi if tokens.at_start is None else tokens.at_start
     if objective.proximal == "recomputed":
-        return log_pi
+        return at_start
     if objective.proximal == "rollout":
         return tokens.behaviour
     stale = tokens.staleness.clamp(min=1)
-    return tokens.behaviour + (stale - 1) / stale * (log_pi - tokens.behaviour)
+    return tokens.behaviour + (stale - 1) / stale * (at_start - tokens.behaviour)
 
 
 def _region(

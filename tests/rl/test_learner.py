@@ -216,6 +216,37 @@ def test_the_learning_rate_declines_to_its_share_at_the_last_step(checkpoint):
     assert learner(checkpoint, num_steps=5).step(batch()).metrics["learning_rate"] == 1e-3
 
 
+def weights_of(made):
+    return {name: p.detach().clone() for name, p in made.model.named_parameters()}
+
+
+def on_policy(checkpoint):
+    """The batch, as if this checkpoint had sampled it."""
+    from model.logprobs import token_logprobs
+
+    whole, made = batch(), learner(checkpoint)
+    rows = []
+    for prompt, answer in zip(whole.prompt_ids, whole.answer_ids):
+        ids = torch.tensor([prompt + answer])
+        is_answer = torch.tensor([[False] * len(prompt) + [True] * len(answer)])
+        rows.append(token_logprobs(made.model, ids, is_answer)[0].logprob_T.tolist())
+    return dataclasses.replace(whole, generator_logprobs=rows)
+
+
+@pytest.mark.parametrize("proximal", ["rollout", "recomputed"])
+def test_several_updates_on_a_batch_are_as_many_steps_around_the_policy_of_its_start(checkpoint, proximal):
+    whole = on_policy(checkpoint)
+    tight = Objective(clip_low=1e-3, clip_high=1e-3, proximal=proximal)
+    at_once = learner(checkpoint, objective=tight, updates=3)
+    said = at_once.step(whole).metrics
+    one_by_one = learner(checkpoint, objective=dataclasses.replace(tight, proximal="rollout"))
+    for version in range(3):
+        one_by_one.step(dataclasses.replace(whole, version=version))
+    assert said["clip_share"] == 0.0 and said["last_clip_share"] > 0.5 and at_once.version == 1
+    for name, weights in weights_of(one_by_one).items():
+        assert torch.allclose(weights, weights_of(at_once)[name], atol=1e-7), name
+
+
 def recorded(made, shift=0):
     """The learner's own routes as an engine records them: of every token but the last. `shift` plants an offset."""
     whole = batch()
