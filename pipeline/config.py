@@ -288,6 +288,10 @@ class CurriculumSettings(Section):
     calibrate_entries: Annotated[int, Field(ge=0)] = Field(
         0, description="posteriors that are compared, at the end, with the pass rate of 64 fresh answers; 0: none"
     )
+    prefix_share: Share = Field(
+        0.0, description="share of tasks that are a hard prompt with the beginning of an earlier right answer, from "
+        "which its answers go on"
+    )  # fmt: skip
     replay_steps: Annotated[int, Field(ge=0)] = Field(
         0,
         description="steps after its own in which a group with signal is trained on again, as long as no token of "
@@ -451,6 +455,7 @@ class OnlineRlStage(Stage):
         idle = self.router.idle_keys() | self.objective.idle_keys() | self.curriculum.idle_keys()
         if not isinstance(self.tasks, DatasetTasks):
             idle["tasks.tasks_per_level"] = "the curriculum draws generated tasks without end"
+            idle["curriculum.prefix_share"] = "no generated task comes twice"
             idle["curriculum.renew"] = "the curriculum draws generated tasks without end, of every level"
             idle["curriculum.neighbour_strength"] = "each level of generated tasks is measured as a whole"
         if self.max_staleness == 0:

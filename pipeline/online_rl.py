@@ -2,10 +2,10 @@
 
 Artifacts: `checkpoint/`, where asked for `checkpoints/step-…/` of steps on the way, `rollouts.parquet` (every answer),
 `steps.jsonl` (a row of metrics a step), `curriculum.jsonl` (after every step the posterior of every domain and level,
-and of the prompts it asked), `observations.jsonl` (of every group what was expected, what came, and of which version),
-`renewed.jsonl` (every prompt that was added to the pool: its source, its parents, the task). A run that was killed goes
-on from the latter four and from what lies in the scratch folder, to the very end: `state/` (the newest of
-`rl/run_state.py`) and `rollouts/` (a file a step).
+and of the prompts it asked), `observations.jsonl` (of every group that began at its prompt what was expected, what
+came, and of which version), `renewed.jsonl` (every prompt that was added to the pool: its source, its parents, the
+task). A run that was killed goes on from the latter four and from what lies in the scratch folder, to the very end:
+`state/` (the newest of `rl/run_state.py`) and `rollouts/` (a file a step).
 """
 
 from __future__ import annotations
@@ -278,7 +278,7 @@ class StepLog:
                 "version": one.version, "expected": round(one.choice.expected, 4), "passes": one.passes,
                 "total": one.total, "size": one.choice.size, "kept": one.kept,
             }
-            for one in record.outcomes
+            for one in record.outcomes if not one.choice.prefix
         ])  # fmt: skip
         self._append(RENEWED, [
             {"step": record.step, "source": new.source, "parents": list(new.parents), "task": task_to_json(new.task)}
@@ -538,6 +538,7 @@ def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
         band=reachable_band(stage.group_size, settings.band),
         group_size=stage.group_size,
         explore_share=settings.explore_share,
+        prefix_share=settings.prefix_share,
         max_resamples=settings.max_resamples,
         allocator=settings.allocator,
         largest_group=settings.largest_group,

@@ -4,6 +4,7 @@
                       rl/domain_mix.py   whose turn it is: domains interleaved, none below its floor of trained tokens
                       rl/difficulty.py   posteriors and states of the pool
                       rl/samplers.py     which entries
+                      rl/prefixes.py     which begin with a part of an earlier answer
                       rl/allocation.py   how many answers
     first, verdict ──▶ rl/gates.py       a few answers or all, and what becomes of a group
     learn(outcomes) ──▶ posteriors, states (their changes), floors, gate
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -43,6 +44,7 @@ from rl.difficulty import (
 )
 from rl.domain_mix import DomainMix
 from rl.gates import Choice, Dapo, Gate, Open, Outcome, Speed, Verdict
+from rl.prefixes import Prefixes
 from rl.renewal import NewTask, Renewal
 from rl.samplers import Candidates, Pools, Sampler, Thompson, Uniform
 
@@ -65,6 +67,7 @@ class CurriculumRules:
     band: tuple[float, float]  # pass rates aimed at, such as a group can have: `rl/band.py`
     group_size: int
     explore_share: float
+    prefix_share: float = 0.0  # of the choices that go on from a part of an earlier right answer
     max_resamples: int  # tasks that may take the place of a slot's first, where the gate replaces
     allocator: Literal["fixed", "knapsack"]
     largest_group: int  # of the knapsack
@@ -86,6 +89,7 @@ class Curriculum:
         self.renewed: list[NewTask] = []  # added by the last `learn`
         self.difficulty = Difficulty(entries, rules.difficulty)
         self.mix = DomainMix(entries.domains, rules.domain_floor)
+        self.prefixes = Prefixes(rules.band[0])
         self.sampled: Counter[str] = Counter()  # entry → groups begun with it
         self.answer_tokens: dict[str, float] = {}  # domain → mean length of its answers of late
         self._ids_of = self._by_domain()
@@ -110,12 +114,16 @@ class Curriculum:
         """For each slot of one step, the choices of its turns."""
         domains = self.mix.assign(len(slots))
         chosen = np.zeros((self.turns, len(slots)), np.int64)
+        prefixes: dict[tuple[int, int], tuple[int, ...]] = {}  # (turn, place)
         for number, domain in enumerate(self.entries.domains):
             places = [place for place, turn in enumerate(domains) if turn == domain]
             rng = np.random.default_rng([self.seed, slots.start, number])
             chosen[:, places] = self._choose(number, self.turns * len(places), rng).reshape(self.turns, len(places))
+            prefixes |= self._begin(number, chosen, places, rng)
         np.add.at(self._open, chosen.reshape(-1), 1)
         turns = [self._sized(ids) for ids in chosen]
+        for (turn, place), prefix in prefixes.items():
+            turns[turn][place] = replace(turns[turn][place], prefix=prefix)
         return [[turn[place] for turn in turns] for place in range(len(slots))]
 
     def _choose(self, domain: int, count: int, rng: np.random.Generator) -> Ids:
@@ -132,6 +140,21 @@ class Curriculum:
         chosen[explores] = found
         chosen[~explores] = others[self.sampler.choose(self._known(others), int((~explores).sum()), rng)]
         return chosen
+
+    def _begin(
+        self, domain: int, chosen: Ids, places: Sequence[int], rng: np.random.Generator
+    ) -> dict[tuple[int, int], tuple[int, ...]]:
+        """Puts a share of the domain's places of the first turn to hard entries whose answers can be begun, as far as
+        there are; returns with what."""
+        if not self.rules.prefix_share or not places:
+            return {}
+        begun = [place for place in places if rng.random() < self.rules.prefix_share]
+        able = self.prefixes.among(self._ids_of[domain], self.entries.names)
+        able = rng.permutation(able[(self._open[able] == 0) & ~np.isin(able, chosen[:, places])])
+        for place, entry in zip(begun, able):
+            chosen[0, place] = entry
+        names = (self.entries.names[entry] for entry in able)
+        return {(0, place): self.prefixes.draw(name, rng) for place, name in zip(begun, names)}
 
     def _candidates(self, domain: int, count: int) -> Ids:
         """What the sampler may choose from: neither retired nor parked, nor, of prompts, on its way already. Where that
@@ -202,8 +225,12 @@ class Curriculum:
             self.answer_tokens[domain] = now + LENGTH_MEMORY * (self.answer_tokens.get(domain, now) - now)
         self.mix.learn(trained)
         self.gate.learn(outcomes)
-        seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in outcomes]
+        alone = [one for one in outcomes if not one.choice.prefix]
+        seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in alone]
         changes = self.difficulty.learn(version, seen_now)
+        if self.rules.prefix_share:
+            right = {one.choice.entry: one.right for one in outcomes if one.right}
+            self.prefixes.learn(version, right, self.difficulty)
         if self.renewal is not None:
             self.renewal.learn(outcomes)
             self.renewed = self.renewal.renew(version, self.difficulty)
@@ -259,7 +286,7 @@ class Curriculum:
             "difficulty": self.difficulty.to_json(), "mix": self.mix.state(), "sampler": self.sampler.state(),
             "gate": self.gate.state(), "sampled": dict(self.sampled), "answer_tokens": dict(self.answer_tokens),
             "open": {self.entries.names[i]: int(self._open[i]) for i in np.nonzero(self._open)[0]},
-            "renewal": self.renewal.state() if self.renewal is not None else None,
+            "renewal": self.renewal.state() if self.renewal is not None else None, "prefixes": self.prefixes.state(),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -269,6 +296,7 @@ class Curriculum:
         self.mix.restore(state["mix"])
         self.sampler.restore(state["sampler"])
         self.gate.restore(state["gate"])
+        self.prefixes.restore(state["prefixes"])
         self.sampled, self.answer_tokens = Counter(state["sampled"]), dict(state["answer_tokens"])
         for entry, count in state["open"].items():
             self._open[self.entries.id_of[entry]] = count

@@ -28,6 +28,7 @@ class Choice:
     size: int  # answers of its whole group
     known: float  # answers' worth of evidence behind its posterior: its own, its neighbours', the judge's
     expected: float  # pass rate, the posterior's mean
+    prefix: tuple[int, ...] = ()  # token ids that every answer begins with: `rl/prefixes.py`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,7 @@ class Outcome:
     tokens: int  # generated
     trained_tokens: int
     kept: bool  # it is what its slot was trained on
+    right: tuple[int, ...] = ()  # token ids of its shortest right answer, prefix included
 
 
 class Gate(Protocol):

@@ -270,12 +270,13 @@ class AsyncLoop:
         slot, place = lease.slot, self.places[lease.slot]
         choice, turn, before = place.choice, place.turn, place.rollouts
         task = self.pool.task_of(choice.entry, slot, turn)
-        prompt_ids = self.pool.encode(task.prompt)
+        prefix = list(choice.prefix)
+        prompt_ids = [*self.pool.encode(task.prompt), *prefix]
         request = SampleRequest(
             request_id=f"slot{slot:08}.{lease.attempt}",
             prompt_ids=prompt_ids,
             num_samples=self.curriculum.wanted(choice, len(before)),
-            max_tokens=self.settings.max_answer_tokens,
+            max_tokens=self.settings.max_answer_tokens - len(prefix),
             temperature=self.settings.temperature,
             stop_token_ids=self.settings.stop_token_ids,
             seed=self._seed(slot, turn, len(before)),
@@ -288,7 +289,7 @@ class AsyncLoop:
         tokens = sum(len(answer.token_ids) for answer in answers)
         self.generated_tokens += tokens
         self.timings.generated_tokens += tokens
-        rollouts = await self._graded(f"{slot}.{turn}" if turn else f"{slot}", task, answers)
+        rollouts = await self._graded(f"{slot}.{turn}" if turn else f"{slot}", task, prefix, answers)
         part = Part(task=task, prompt_ids=prompt_ids, rollouts=rollouts, leased_at=leased_at)
         if all(rollout.score is None for rollout in rollouts):
             self.on_lost(part.group())  # what is dropped can still be read on disk
@@ -306,8 +307,10 @@ class AsyncLoop:
         key = f"{self.settings.seed}/{slot}/{turn}/{have}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4]) >> 1
 
-    async def _graded(self, group_id: str, task: Task, answers: list[SampledAnswer]) -> list[Rollout]:
-        texts = [self.pool.decode(answer.token_ids) for answer in answers]
+    async def _graded(
+        self, group_id: str, task: Task, prefix: list[int], answers: list[SampledAnswer]
+    ) -> list[Rollout]:
+        texts = [self.pool.decode([*prefix, *answer.token_ids]) for answer in answers]
         event_loop = asyncio.get_running_loop()
         verdicts = await asyncio.gather(
             *(event_loop.run_in_executor(self.graders, self.pool.grade, task, text) for text in texts)
@@ -433,6 +436,8 @@ class AsyncLoop:
             "groups": len(groups),
             "groups_discarded": len(discarded),
             "groups_replayed": num_replayed,
+            "groups_begun": sum(bool(one.choice.prefix) for one in outcomes),
+            "reused_tokens": sum(len(one.choice.prefix) * one.answers for one in outcomes),
             "empty_slots": len(places) - len(kept),
             "answers_per_group": len(rollouts) / len(groups),
             "groups_lost": dict(self.controller.lost),
@@ -522,11 +527,13 @@ def _outcomes(slot: int, place: Place, trained: Mapping[str, int]) -> Iterator[O
     """What became of the tasks that the slot came to, in turn. `trained`: tokens of each group that was."""
     for turn, (choice, group) in enumerate(place.outcomes()):
         scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
+        right = [rollout.answer.token_ids for rollout in group.rollouts if (rollout.score or 0.0) >= 1.0]
         yield Outcome(
             slot=slot, turn=turn, choice=choice, passes=sum(score >= 1.0 for score in scores), total=len(scores),
             version=group.leased_at_version, answers=len(group.rollouts),
             tokens=sum(len(rollout.answer.token_ids) for rollout in group.rollouts),
             trained_tokens=trained.get(group.group_id, 0), kept=group is place.group,
+            right=(*choice.prefix, *min(right, key=len)) if right else (),
         )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from curricula import curriculum as make_curriculum
 from curricula import levels
 
 from rewards.task import Score, Task, Ungraded
+from rl.curriculum import Curriculum
 from rl.health import HealthMonitor, Limit
 from rl.loop import AsyncLoop, HealthStop, LoopSettings, TaskPool
 from rl.run_state import LEARNER, RunStates
@@ -102,6 +103,7 @@ def run(
     records=None,
     replay_steps=0,
     checkpoint_every=0,
+    decode=lambda ids: str(ids[0]),
     **curriculum,
 ):
     settings = LoopSettings(
@@ -129,7 +131,7 @@ def run(
     words = TaskPool(
         task_of=task_of,
         encode=lambda prompt: [int(prompt[-1])],
-        decode=lambda ids: str(ids[0]),
+        decode=decode,
         grade=grade,
     )
     records, events, lost = [] if records is None else records, [], lost if lost is not None else []
@@ -463,6 +465,27 @@ def test_checkpoints_on_the_way_are_of_the_step_that_they_are_named_after():
     learner = CountingLearner()
     run(EchoGenerator(), learner, steps=5, checkpoint_every=2)
     assert learner.saved == [("step-2", 2), ("step-4", 4)]
+
+
+def test_an_answer_that_is_begun_for_the_engine_is_graded_whole_and_trained_on_from_there(monkeypatch):
+    whole = Curriculum.plan
+    monkeypatch.setattr(Curriculum, "plan", lambda self, slots: [
+        [dataclasses.replace(choice, prefix=(1, 6, 7)) for choice in turns] for turns in whole(self, slots)
+    ])  # fmt: skip
+    asked, learner = [], CountingLearner()
+
+    class Recording(EchoGenerator):
+        async def sample(self, request):
+            asked.append(request)
+            return await super().sample(request)
+
+    # "1" is the prefix's first token: every answer would be right, were the prefix all that is graded.
+    records, _, _ = run(Recording(), learner, grade=lambda task, text: Score(float(text.split()[-1]), "ok"),
+                        decode=lambda ids: " ".join(map(str, ids)))  # fmt: skip
+    assert all(request.prompt_ids == [1, 1, 6, 7] and request.max_tokens == 8 - 3 for request in asked)
+    assert learner.batches[0].prompt_ids == [[1, 1, 6, 7]] * 4 and learner.batches[0].answer_ids == [[0], [1]] * 2
+    assert records[0].groups[0].rollouts[1].text == "1 6 7 1" and records[0].metrics["reused_tokens"] == 3 * 4
+    assert records[0].outcomes[0].right == (1, 6, 7, 1) and records[0].metrics["generated_tokens"] >= 4
 
 
 def test_a_number_past_its_limit_is_told_then_engines_get_their_weights_again_then_the_run_stops():
