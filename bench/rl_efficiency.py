@@ -1,9 +1,11 @@
 """Generated tokens and seconds to the same held-out pass@1: TRL's GRPOTrainer, ours sampling uniformly, ours in full.
 
     python bench/rl_efficiency.py run FOLDER [--pools dead --pools filtered] [--arms A --arms C] [--seeds 1]
-    python bench/rl_efficiency.py table FOLDER [--picture docs/rl_efficiency.svg]
+    python bench/rl_efficiency.py collect FOLDER docs/rl_efficiency.json
+    python bench/rl_efficiency.py table docs/rl_efficiency.json [--picture docs/rl_efficiency.svg]
 
-`run` does what is not yet in FOLDER, one after the other, so it can be stopped and go on; `table` prints what is there.
+`run` does what is not yet in FOLDER, one after the other, so it can be stopped and go on. `collect` adds its curves to
+a file, where those of other machines may be already, and `table` prints and draws that file (`efficiency_curves.py`).
 A run of an arm leaves `curve.json`: for every checkpoint on the way the tokens generated until then (whatever for:
 screening, discarded and lost answers too), the seconds (without start and saving), and pass@1 on held-out tasks of all
 levels alike, which no arm ever sees. What an arm needs is read off where its curve, made monotone, crosses the target.
@@ -21,23 +23,20 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import efficiency_curves
 import pinned_run
 import typer
 import yaml
-from rich.console import Console
-from rich.table import Table
-
-from pipeline import plots
 
 app = typer.Typer(add_completion=False, help=__doc__)
+app.command()(efficiency_curves.table)
 
 POOL_PROMPTS, DEAD_SHARE = 4000, 0.9
 DEAD, LIVE = (0.03, 0.97), (0.1, 0.9)  # pass rates of a (domain, level): outside of the first, inside of the second
@@ -49,7 +48,7 @@ HELD_OUT_TASKS, HELD_OUT_SAMPLES = 6, 4  # of each (domain, level)
 HELD_OUT = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1, 10], "tasks_per_level": HELD_OUT_TASKS,
             "split": "held_out"}  # fmt: skip
 
-# Of A and B alike. Not tuned yet: A ran 24 steps at this rate and 4 at 4e-4, docs/results.md.
+# Of A and B alike: the best of those tried with A, docs/results.md.
 SHARED = {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3}
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0}
@@ -58,22 +57,17 @@ FULL: dict[str, Any] = {
     "group_size": 16,
     "learning_rate": 5.0e-4,
     "max_staleness": 2,
-    "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.95},
-}
+    "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
+                   "gate": "speed", "screen": 4, "rare_answers": 0},
+}  # fmt: skip
 LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
-    "small_batches": {"groups_per_step": 16, "learning_rate": 1.0e-3},
+    "screening": {"curriculum": {"gate": "none"}},
+    "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
+    "small_batches": {"groups_per_step": 16, "learning_rate": 1.0e-3},
     "asynchrony": {"max_staleness": 0},
 }
-
-
-PLOT_WIDTH, PLOT_HEIGHT = 420, 266
-COLOURS = ("#3b6fb6", "#d9822b", "#3a8f5c", "#b0403f", "#7a5aa8", "#777777")
-STYLE = (
-    "text{font:10.5px sans-serif;fill:#555} .title{font-size:12px;font-weight:600;fill:#111} .grid{stroke:#ddd} "
-    ".line{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round} .fill{fill:currentColor}"
-)
 
 
 @app.command()
@@ -97,10 +91,12 @@ def run(
         place.mkdir(parents=True)
         changes = yaml.safe_load(settings) or {}
         examples = pool_file(folder, pool, start)
+        asked = SHARED | TRL_OPTIONS | changes if arm == "A" else changed(stage_of(arm), changes)
+        (place / "settings.json").write_text(json.dumps(asked | {"of_256_answers": steps}))
         if arm == "A":
-            rows = trl_run(place, start, examples, seed, steps, changes, checkpoints)
+            rows = trl_run(place, start, examples, seed, steps, asked, checkpoints)
         else:
-            rows = our_run(place, start, examples, seed, steps, changed(stage_of(arm), changes), checkpoints)
+            rows = our_run(place, start, examples, seed, steps, asked, checkpoints)
         curve = evaluated(place, rows, trial=bool(label))
         (place / "curve.json").write_text(json.dumps(curve, indent=1))
         print(place, " ".join(f"{point['pass_at_1']:.3f}" for point in curve), flush=True)
@@ -223,9 +219,8 @@ def our_run(
 
 
 def trl_run(
-    place: Path, start: Path, examples: Path, seed: int, steps: int, changes: dict[str, Any], checkpoints: int
+    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any], checkpoints: int
 ) -> list[dict[str, Any]]:
-    settings = SHARED | TRL_OPTIONS | changes
     steps = round(steps * 256 / (settings["groups_per_step"] * settings["group_size"]))
     every = max(1, steps // checkpoints)
     options = {"steps": steps, "checkpoint-every": every, "seed": seed, **settings}
@@ -268,110 +263,43 @@ def evaluated(place: Path, rows: list[dict[str, Any]], trial: bool) -> list[dict
 # --- what it adds up to -------------------------------------------------------------------------------------------
 
 
-def needed(curve: list[dict[str, Any]], key: str, target: float, start: float) -> float:
-    """Where the monotone curve crosses `target`, between checkpoints in proportion; infinite where it never does."""
-    before, score_before = 0.0, start
-    for point, score in zip(curve, monotone([point["pass_at_1"] for point in curve], start)):
-        if score >= target:
-            share = (target - score_before) / (score - score_before) if score > score_before else 1.0
-            return before + share * (point[key] - before)
-        before, score_before = point[key], score
-    return float("inf")
-
-
-def monotone(scores: list[float], start: float) -> list[float]:
-    """The rising curve nearest to the scores (isotonic regression by pooling neighbours), not below `start`."""
-    blocks: list[tuple[float, int]] = []
-    for score in scores:
-        mean, count = score, 1
-        while blocks and blocks[-1][0] >= mean:
-            other, others = blocks.pop()
-            mean, count = (mean * count + other * others) / (count + others), count + others
-        blocks.append((mean, count))
-    return [max(start, mean) for mean, count in blocks for _ in range(count)]
-
-
-def runs_in(folder: Path) -> Iterator[tuple[str, str, int, list[dict[str, Any]]]]:
-    for path in sorted(folder.glob("*/*/seed*/curve.json")):
-        pool, arm, seed = path.parts[-4:-1]
-        yield pool, arm, int(seed.removeprefix("seed")), json.loads(path.read_text())
-
-
 @app.command()
-def table(
+def collect(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
-    target: Annotated[list[float], typer.Option(help="Held-out pass@1 to read the curves at.")] = [0.5],  # noqa: B006
-    picture: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.svg).")] = None,
+    out: Annotated[Path, typer.Argument(help="A .json file; what is in it stays, but for the same runs.")],
 ) -> None:
-    """Print one table a pool: median of the seeds, and their range."""
+    """Add a folder's curves to a file, with what they were measured on."""
     start = folder / "start" / "run" / "warm" / "checkpoint"
-    at_start = score_at_start(folder, start)
-    runs: dict[str, dict[str, list[list[dict[str, Any]]]]] = {}
-    for pool, arm, _, curve in runs_in(folder):
-        runs.setdefault(pool, {}).setdefault(arm, []).append(curve)
-    console = Console(width=150)
-    for pool, arms in runs.items():
-        columns = [f"{what} to {goal:g}" for goal in target for what in ("tokens", "seconds")]
-        shown = Table("arm", "seeds", *columns, "pass@1, 8, 32 at its end", title=f"pool {pool}: {shape(folder, pool)}")
-        for arm, curves in arms.items():
-            cells = []
-            for goal in target:
-                for key, unit in (("generated_tokens", 1e3), ("seconds", 1)):
-                    values = sorted(needed(curve, key, goal, at_start) / unit for curve in curves)
-                    cells.append(spread(values, "k" if unit > 1 else "s"))
-            ends = [curve[-1]["at_end"] for curve in curves if "at_end" in curve[-1]]
-            end = ", ".join(f"{statistics.median(one[k] for one in ends):.3f}" for k in ("1", "8", "32") if ends)
-            shown.add_row(arm, f"{len(curves)}", *cells, end)
-        console.print(shown)
-    print(f"held-out pass@1 at the start: {at_start:.3f}")
-    print(pinned_run.circumstances())
-    if picture:
-        draw(runs, at_start, picture)
+    known = json.loads(out.read_text()) if out.exists() else {"at_start": {}, "pools": {}, "runs": []}
+    machine = pinned_run.circumstances()
+    known["at_start"][machine] = score_at_start(folder, start)
+    of_run = {(run["pool"], run["arm"], run["seed"]): run for run in known["runs"]}
+    for path in sorted(folder.glob("*/*/seed*/curve.json")):
+        pool, arm, seed = path.parts[-4], path.parts[-3], int(path.parts[-2].removeprefix("seed"))
+        known["pools"].setdefault(pool, shape(folder, pool))
+        curve = json.loads(path.read_text())
+        of_run.setdefault((pool, arm, seed), {"machine": machine, **settings_of(path.parent)})
+        of_run[pool, arm, seed] |= {"pool": pool, "arm": arm, "seed": seed, "curve": curve}
+    known["runs"] = [run for _, run in sorted(of_run.items())]
+    out.write_text(json.dumps(known, indent=1) + "\n")
+    print(f"{out}: {len(known['runs'])} runs")
 
 
-def spread(values: list[float], unit: str) -> str:
-    if values[0] == float("inf"):
-        return "not reached"
-    middle = f"{statistics.median(values):,.0f} {unit}"
-    return middle if len(values) == 1 else f"{middle} ({values[0]:,.0f}–{values[-1]:,.0f})"
+def settings_of(place: Path) -> dict[str, Any]:
+    """Of one run, as it was asked for."""
+    path = place / "settings.json"
+    return {"settings": json.loads(path.read_text())} if path.exists() else {}
 
 
-def shape(folder: Path, pool: str) -> str:
+def shape(folder: Path, pool: str) -> dict[str, float]:
     """Share of the pool's prompts by the pass rate of their (domain, level) at the start."""
     from pipeline.data import read_examples
 
     rates = cell_rates(folder / "start" / "run" / "warm" / "checkpoint")
     seen = [rates[f"{example.task.domain}/{example.task.level}"] for example in read_examples(pool_path(folder, pool))]
-    bins = [(low, high, sum(low <= rate < high for rate in seen)) for low, high in itertools.pairwise(HISTOGRAM)]
-    return ", ".join(f"{low:g}–{min(high, 1):g}: {count / len(seen):.0%}" for low, high, count in bins if count)
-
-
-def draw(runs: dict[str, dict[str, list[list[dict[str, Any]]]]], at_start: float, picture: Path) -> None:
-    """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run."""
-    arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
-    parts = [
-        f'<circle class="fill c{colour}" cx="{14 + 90 * i}" cy="12" r="4"/><text x="{22 + 90 * i}" y="16">{arm}</text>'
-        for i, (arm, colour) in enumerate(zip(arms, itertools.cycle(range(plots.NUM_COLOURS))))
-    ]
-    for row, (pool, of_pool) in enumerate(runs.items()):
-        for column, (key, label) in enumerate((("generated_tokens", "generated tokens"), ("seconds", "seconds"))):
-            series = [
-                plots.Series(
-                    arm, [(0.0, at_start), *((point[key], point["pass_at_1"]) for point in curve)], arms.index(arm)
-                )
-                for arm, curves in of_pool.items()
-                for curve in curves
-            ]
-            plot = plots.line_plot(f"pool {pool}: held-out pass@1", series, x_label=label, percent=True, dots=True)
-            x, y = column * PLOT_WIDTH, 24 + row * PLOT_HEIGHT
-            place = f'<svg x="{x}" y="{y}" width="{PLOT_WIDTH}" height="{PLOT_HEIGHT}"'
-            parts.append(str(plot).replace("<svg", place, 1))
-    size = f"{2 * PLOT_WIDTH} {24 + len(runs) * PLOT_HEIGHT}"
-    colours = " ".join(f".c{i}{{color:{colour}}}" for i, colour in enumerate(COLOURS))
-    picture.write_text(
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE} {colours}</style>'
-        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
-    )
+    bins = {f"{low:g}–{min(high, 1):g}": sum(low <= rate < high for rate in seen) / len(seen)
+            for low, high in itertools.pairwise(HISTOGRAM)}  # fmt: skip
+    return {name: round(share, 4) for name, share in bins.items() if share} | {"prompts": len(seen)}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,162 @@
+"""What the curves of `rl_efficiency.py` add up to: tokens and seconds to a score, fits, a table and a picture."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import plots
+
+PLOT_WIDTH, PLOT_HEIGHT = 420, 266
+COLOURS = ("#3b6fb6", "#d9822b", "#3a8f5c", "#b0403f", "#7a5aa8", "#777777")
+STYLE = (
+    "text{font:10.5px sans-serif;fill:#555} .title{font-size:12px;font-weight:600;fill:#111} .grid{stroke:#ddd} "
+    ".line{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round} .fill{fill:currentColor}"
+)
+FIT_POINTS = 6  # a curve of fewer is not fitted
+
+Curve = list[dict[str, Any]]
+Curves = dict[str, dict[str, list[Curve]]]  # pool → arm → one a seed
+
+
+def table(
+    runs: Annotated[Path, typer.Argument(help="What `collect` wrote.")],
+    target: Annotated[list[float], typer.Option(help="Held-out pass@1 to read the curves at.")] = [0.5],  # noqa: B006
+    picture: Annotated[Path | None, typer.Option(help="Draw the curves into this file (.svg).")] = None,
+) -> None:
+    """Print a table a pool, median of the seeds and their range, and one of the trials; draw the curves."""
+    known = json.loads(runs.read_text())
+    at_start = statistics.fmean(known["at_start"].values())
+    curves, trials = by_arm(known["runs"], trials=False), by_arm(known["runs"], trials=True)
+    console = Console(width=160)
+    for title, some in (("", curves), ("trials of ", trials)):
+        for pool, arms in some.items():
+            console.print(pool_table(f"{title}pool {pool}: {shape_text(known['pools'][pool])}", arms, target, at_start))
+    print(f"held-out pass@1 at the start: {at_start:.3f}")
+    for machine in known["at_start"]:
+        print(machine)
+    if picture:
+        draw(curves, at_start, picture)
+
+
+def by_arm(runs: list[dict[str, Any]], trials: bool) -> Curves:
+    """A trial's arm has a label behind a dot."""
+    found: Curves = {}
+    for run in runs:
+        if ("." in run["arm"]) == trials:
+            found.setdefault(run["pool"], {}).setdefault(run["arm"], []).append(run["curve"])
+    return found
+
+
+def shape_text(shape: dict[str, float]) -> str:
+    return ", ".join(f"{name}: {share:.0%}" for name, share in shape.items() if name != "prompts")
+
+
+def pool_table(title: str, arms: dict[str, list[Curve]], targets: list[float], at_start: float) -> Table:
+    columns = [f"{what} to {goal:g}" for goal in targets for what in ("tokens", "seconds")]
+    shown = Table("arm", "seeds", *columns, "pass@1, 8, 32 at its end", "end, middle, slope of the fit", title=title)
+    for arm, curves in arms.items():
+        cells = []
+        for goal in targets:
+            for key, unit in (("generated_tokens", 1e3), ("seconds", 1)):
+                values = sorted(needed(curve, key, goal, at_start) / unit for curve in curves)
+                most = max(curve[-1][key] for curve in curves) / unit
+                cells.append(spread(values, "k" if unit > 1 else "s", most))
+        ends = [curve[-1]["at_end"] for curve in curves if "at_end" in curve[-1]]
+        end = ", ".join(f"{statistics.median(one[k] for one in ends):.3f}" for k in ("1", "8", "32") if ends)
+        shown.add_row(arm, f"{len(curves)}", *cells, end, fit_text(curves, at_start))
+    return shown
+
+
+def needed(curve: Curve, key: str, target: float, start: float) -> float:
+    """Where the monotone curve crosses `target`, between checkpoints in proportion; infinite where it never does."""
+    before, score_before = 0.0, start
+    for point, score in zip(curve, monotone([point["pass_at_1"] for point in curve], start)):
+        if score >= target:
+            share = (target - score_before) / (score - score_before) if score > score_before else 1.0
+            return before + share * (point[key] - before)
+        before, score_before = point[key], score
+    return float("inf")
+
+
+def monotone(scores: list[float], start: float) -> list[float]:
+    """The rising curve nearest to the scores (isotonic regression by pooling neighbours), not below `start`."""
+    blocks: list[tuple[float, int]] = []
+    for score in scores:
+        mean, count = score, 1
+        while blocks and blocks[-1][0] >= mean:
+            other, others = blocks.pop()
+            mean, count = (mean * count + other * others) / (count + others), count + others
+        blocks.append((mean, count))
+    return [max(start, mean) for mean, count in blocks for _ in range(count)]
+
+
+def spread(values: list[float], unit: str, most: float) -> str:
+    """Median and range over seeds; a run that did not get there went on to `most`."""
+    if values[0] == float("inf"):
+        return f"not by {most:,.0f} {unit}"
+
+    def text(value: float) -> str:
+        return f"{value:,.0f}" if value < float("inf") else f"not by {most:,.0f}"
+
+    middle = f"{text(statistics.median_low(values))} {unit}"
+    return middle if len(values) == 1 else f"{middle} ({text(values[0])}–{text(values[-1])})"
+
+
+def sigmoid_fit(tokens: np.ndarray, scores: np.ndarray, start: float) -> tuple[float, float, float, float]:
+    """(A, C_mid, B, rms error) of the best start + (A - start)/(1 + (C_mid/C)^B): ScaleRL's curve (Khatri et al. 2025,
+    eq. 1) over generated tokens in the place of compute. Least squares over a grid, A between the best score and 1."""
+    ends = np.linspace(max(scores.max(), start + 1e-3), 1.0, 60)
+    middles = np.geomspace(tokens.min() / 2, tokens.max() * 4, 80)
+    slopes = np.linspace(0.5, 4.0, 36)
+    shape = 1.0 / (1.0 + (middles[:, None, None] / tokens) ** slopes[:, None])  # [middle, slope, point]
+    fitted = start + (ends[:, None, None, None] - start) * shape
+    error = ((fitted - scores) ** 2).mean(axis=-1)
+    a, m, b = np.unravel_index(error.argmin(), error.shape)
+    return float(ends[a]), float(middles[m]), float(slopes[b]), float(error[a, m, b] ** 0.5)
+
+
+def fit_text(curves: list[Curve], at_start: float) -> str:
+    """Of all seeds together, where they rise and the fit is closer than the noise of an evaluation."""
+    points = [(point["generated_tokens"], point["pass_at_1"]) for curve in curves for point in curve]
+    tokens, scores = np.array([t for t, _ in points], float), np.array([s for _, s in points])
+    if len(points) < FIT_POINTS or scores.max() < at_start + 0.1:
+        return ""
+    end, middle, slope, error = sigmoid_fit(tokens, scores, at_start)
+    return f"{end:.2f}, {middle / 1e3:,.0f} k, {slope:.1f} (±{error:.3f})"
+
+
+def draw(runs: Curves, at_start: float, picture: Path) -> None:
+    """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run."""
+    arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
+    parts = [
+        f'<circle class="fill c{colour}" cx="{14 + 90 * i}" cy="12" r="4"/><text x="{22 + 90 * i}" y="16">{arm}</text>'
+        for i, (arm, colour) in enumerate(zip(arms, itertools.cycle(range(plots.NUM_COLOURS))))
+    ]
+    for row, (pool, of_pool) in enumerate(runs.items()):
+        for column, (key, label) in enumerate((("generated_tokens", "generated tokens"), ("seconds", "seconds"))):
+            series = [
+                plots.Series(
+                    arm, [(0.0, at_start), *((point[key], point["pass_at_1"]) for point in curve)], arms.index(arm)
+                )
+                for arm, curves in of_pool.items()
+                for curve in curves
+            ]
+            plot = plots.line_plot(f"pool {pool}: held-out pass@1", series, x_label=label, percent=True, dots=True)
+            x, y = column * PLOT_WIDTH, 24 + row * PLOT_HEIGHT
+            place = f'<svg x="{x}" y="{y}" width="{PLOT_WIDTH}" height="{PLOT_HEIGHT}"'
+            parts.append(str(plot).replace("<svg", place, 1))
+    size = f"{2 * PLOT_WIDTH} {24 + len(runs) * PLOT_HEIGHT}"
+    colours = " ".join(f".c{i}{{color:{colour}}}" for i, colour in enumerate(COLOURS))
+    picture.write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}"><style>{STYLE} {colours}</style>'
+        f'<rect width="100%" height="100%" fill="white"/>{"".join(parts)}</svg>\n'
+    )
