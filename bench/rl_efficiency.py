@@ -49,7 +49,10 @@ HELD_OUT = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1,
             "split": "held_out"}  # fmt: skip
 
 # Of A and B alike: the best of those tried with A, docs/results.md.
-SHARED = {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3}
+SHARED = {
+    "dead": {"groups_per_step": 16, "group_size": 16, "learning_rate": 3.0e-4},
+    "filtered": {"groups_per_step": 4, "group_size": 16, "learning_rate": 5.0e-4},
+}
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0}
 FULL: dict[str, Any] = {
@@ -57,6 +60,8 @@ FULL: dict[str, Any] = {
     "group_size": 16,
     "learning_rate": 5.0e-4,
     "max_staleness": 2,
+    "updates_per_step": 2,
+    "last_rate_share": 0.2,
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
                    "gate": "speed", "screen": 4, "rare_answers": 0},
 }  # fmt: skip
@@ -65,6 +70,8 @@ LEVERS: dict[str, dict[str, Any]] = {
     "screening": {"curriculum": {"gate": "none"}},
     "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
+    "second_update": {"updates_per_step": 1},
+    "decline": {"last_rate_share": 1.0},
     "small_batches": {"groups_per_step": 16, "learning_rate": 1.0e-3},
     "asynchrony": {"max_staleness": 0},
 }
@@ -91,7 +98,8 @@ def run(
         place.mkdir(parents=True)
         changes = yaml.safe_load(settings) or {}
         examples = pool_file(folder, pool, start)
-        asked = SHARED | TRL_OPTIONS | changes if arm == "A" else changed(stage_of(arm), changes)
+        asked = SHARED[pool] | TRL_OPTIONS if arm == "A" else stage_of(arm, pool)
+        asked = changed(asked, changes)
         (place / "settings.json").write_text(json.dumps(asked | {"of_256_answers": steps}))
         if arm == "A":
             rows = trl_run(place, start, examples, seed, steps, asked, checkpoints)
@@ -181,10 +189,10 @@ def write_tasks(path: Path, wanted: Mapping[str, int], first_seed: int) -> None:
     write_examples(path, examples)
 
 
-def stage_of(arm: str) -> dict[str, Any]:
+def stage_of(arm: str, pool: str) -> dict[str, Any]:
     """What an arm's stage says beyond what all have in common."""
     if arm == "B":
-        return SHARED | {"max_staleness": 2, "curriculum": UNIFORM}
+        return SHARED[pool] | {"max_staleness": 2, "curriculum": UNIFORM}
     letter, _, lever = arm.partition("-")
     if letter != "C" or (lever and lever not in LEVERS):
         raise typer.BadParameter(f"{arm} is no arm; there are A, B, C, {', '.join(f'C-{name}' for name in LEVERS)}")
