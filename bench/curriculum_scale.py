@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import OnlineRlStage
-from pipeline.online_rl import Pool, curriculum_of
+from pipeline.task_pool import Pool, curriculum_of
 from rl.curriculum import Curriculum
 from rl.gates import Outcome
 

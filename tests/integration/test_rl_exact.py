@@ -20,8 +20,9 @@ from real_runs import ROOT, at_step, complete, events, start, wait_for
 from model.tokenizer import decode_answer, encode_prompt, load_tokenizer, stop_token_ids
 from pipeline.config import Recipe
 from pipeline.engines import engine_settings
-from pipeline.online_rl import curriculum_of, learner_settings, task_pool
+from pipeline.online_rl import learner_settings
 from pipeline.runner import stage_seed
+from pipeline.task_pool import curriculum_of, task_pool
 from rewards.grade import grade
 from rewards.sandbox import Sandbox
 from rl.gates import Outcome

@@ -6,14 +6,15 @@ import pytest
 
 from pipeline.calibrate_difficulty import evenly_chosen
 from pipeline.config import GeneratedTasks, OnlineRlStage
-from pipeline.online_rl import Pool, curriculum_of
+from pipeline.task_pool import Pool, curriculum_of
 from rl.curriculum import Curriculum
 from rl.difficulty import Observation
 
 
 def tried(passes: dict[str, int]) -> Curriculum:
     cells = {name: ("maths", level) for level, name in enumerate("abcdefgh", start=1)}
-    stage = OnlineRlStage(name="climb", kind="online_rl", policy="x", tasks=GeneratedTasks())
+    rules = {"ordered_levels": False}  # these are not
+    stage = OnlineRlStage(name="climb", kind="online_rl", policy="x", tasks=GeneratedTasks(), curriculum=rules)
     chooser = curriculum_of(stage, Pool(cells=cells, task_of=lambda *_: None), _Context(), lambda task: True)  # type: ignore[arg-type, return-value]
     chooser.difficulty.learn(0, [Observation(name, count, 16, 0) for name, count in passes.items()])
     return chooser

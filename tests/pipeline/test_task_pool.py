@@ -1,0 +1,58 @@
+"""What stage 2 draws from, and what a recipe makes of its curriculum."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from stages import asked, fits, stage
+
+from pipeline.config import DatasetTasks, GeneratedTasks
+from pipeline.task_pool import Pool, curriculum_of, curriculum_rules, judged_rates, task_pool
+
+
+def test_generated_tasks_of_every_slot_and_turn_are_their_own() -> None:
+    pool = task_pool(GeneratedTasks(domains=["maths"], levels=(3, 4)), 7, lambda task: True)
+    assert pool.endless and pool.cells == {"maths/3": ("maths", 3), "maths/4": ("maths", 4)}
+    ids = {pool.task_of("maths/3", slot, turn).task_id for slot in range(5) for turn in range(4)}
+    assert len(ids) == 20
+    assert pool.task_of("maths/3", 2, 1) == pool.task_of("maths/3", 2, 1)
+    assert pool.task_of("maths/3", 2, 0).task_id == f"maths/3/train/{7 * 1_000_003 + 2}"
+
+
+def test_prompts_of_a_data_set_are_entries_of_one_cell(tmp_path: Path) -> None:
+    rows = [{"prompt": f"what is {i}?", "answer": str(i)} for i in range(40)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = DatasetTasks(dataset=str(tmp_path / "some.jsonl"), format="prompt_answer")
+    pool = task_pool(source, 1, lambda task: task.prompt != "what is 1?")
+    assert not pool.endless and set(pool.cells.values()) == {("reasoning", 0)} and pool.num_too_long in (0, 1)
+    name = next(iter(pool.cells))
+    assert pool.task_of(name, 0, 0) is pool.task_of(name, 9, 2) and pool.tasks[name].prompt.startswith("what is")
+
+
+def test_a_judges_scores_become_pass_rates(tmp_path: Path) -> None:
+    """By prompt, else by domain and level; what could not be judged says nothing."""
+    rows = [("maths", 1, "a", 1.0), ("maths", 1, "b", 4.0), ("maths", 2, "c", 5.0), ("code", 1, "d", None)]
+    columns = dict(zip(("domain", "level", "prompt", "score"), map(list, zip(*rows))))
+    pq.write_table(pa.table(columns), tmp_path / "verdicts.parquet")
+    levels = Pool(
+        cells={"maths/1": ("maths", 1), "maths/2": ("maths", 2), "code/1": ("code", 1)}, task_of=lambda *_: None
+    )
+    assert judged_rates(levels, tmp_path / "verdicts.parquet") == {"maths/1": (1.0 + 0.25) / 2, "maths/2": 0.0}
+    prompts = Pool(
+        cells={"p0": ("maths", 1), "p1": ("maths", 1), "p2": ("maths", 9)}, task_of=lambda *_: None,
+        tasks={"p0": asked("b"), "p1": asked("never judged"), "p2": asked("never judged either")},
+    )  # fmt: skip
+    assert judged_rates(prompts, tmp_path / "verdicts.parquet") == {"p0": 0.25, "p1": 0.625}
+    context = SimpleNamespace(inputs={"keep": tmp_path}, seed=1)
+    chosen = curriculum_of(stage(judge="keep", judge_strength=10.0), levels, context, fits)
+    assert list(zip(*chosen.difficulty.posterior(chosen.entries.cell))) == [(7.25, 4.75), (1.0, 11.0), (1.0, 1.0)]
+
+
+def test_the_control_arm_knows_no_difficulty() -> None:
+    assert curriculum_rules(stage(sampler="uniform")).difficulty.retire_above is None
+    rules = curriculum_rules(stage(sampler="thompson", band=(0.3, 0.7)))
+    assert rules.difficulty.retire_above == 0.9 and rules.band == (3 / 8, 5 / 8)
