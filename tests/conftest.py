@@ -10,8 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
+hypothesis.settings.register_profile("drover", deadline=None)  # no timed assertions: a busy machine is no fault
+hypothesis.settings.load_profile("drover")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP processes on one core collapse
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is wrong: fail at once, not after retries

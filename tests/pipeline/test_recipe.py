@@ -362,7 +362,7 @@ def mutated(draw: st.DrawFn) -> dict[str, Any]:
     return data
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(mutated())
 def test_generated_recipe_is_accepted_or_refused_with_a_key(data: dict[str, Any]) -> None:
     tops = [*Recipe.model_fields, "recipe", *(str(key)[:20] for key in data), *(repr(key)[:20] for key in data)]
@@ -379,7 +379,7 @@ def test_generated_recipe_is_accepted_or_refused_with_a_key(data: dict[str, Any]
         assert render(make_plan(recipe, {stage.name: "runs" for stage in recipe.stages}))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.sampled_from(MAPPINGS), st.from_regex(r"[a-z_]{1,12}", fullmatch=True), scalars)
 def test_unknown_key_is_always_refused_with_its_path(place: tuple[Any, ...], key: str, value: Any) -> None:
     data = five_stages()
@@ -390,7 +390,7 @@ def test_unknown_key_is_always_refused_with_its_path(place: tuple[Any, ...], key
     assert ".".join([*names, key]) + ":" in refusal(data)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.sampled_from([path for path in PLACES if len(path) > 1]), st.sampled_from([math.nan, {"a": 1}, [[]], {}]))
 def test_value_of_a_wrong_type_is_refused_with_its_path(place: tuple[Any, ...], value: Any) -> None:
     data = five_stages()
@@ -411,14 +411,14 @@ def test_an_endless_reference_is_refused_in_a_line_that_can_be_read() -> None:
     assert "xxx...xxx" in refusal(data) and len(refusal(data)) < 1000
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.binary(max_size=200) | st.text("{}[]:,-&*!?|>'\"% \n#abc01.~<", max_size=60).map(str.encode))
 def test_any_bytes_are_a_recipe_or_refused(tmp_path: Path, raw: bytes) -> None:
     with pytest.raises(RecipeError, match="recipe.yaml"):
         load(write(tmp_path, raw))
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     keys=st.lists(st.sampled_from(["stages", "climb", "run", "seed", "2", "steps", "tasks", "x", "", "é"])),
     value=st.text(),

@@ -42,7 +42,7 @@ def test_chance_is_the_share_of_mixed_groups_drawn():
 posteriors = st.lists(st.tuples(st.floats(0.5, 40), st.floats(0.5, 40)), min_size=1, max_size=4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(posteriors, st.integers(0, 14))
 def test_no_other_way_to_spend_the_budget_is_worth_more(tasks, extra):
     budget = 2 * len(tasks) + extra
@@ -58,7 +58,7 @@ def test_no_other_way_to_spend_the_budget_is_worth_more(tasks, extra):
     assert ours == pytest.approx(best, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(posteriors, st.lists(st.integers(1, 9), min_size=4, max_size=4), st.integers(0, 60))
 def test_unequal_costs_are_kept_to_and_lose_less_than_one_answer(tasks, costs, extra):
     costs = costs[: len(tasks)]
