@@ -54,7 +54,7 @@ SHARED = {
     "filtered": {"groups_per_step": 4, "group_size": 16, "learning_rate": 5.0e-4},
 }
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
-UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0}
+UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0, "domain_turns": "by_size"}
 FULL: dict[str, Any] = {
     "groups_per_step": 4,
     "group_size": 16,
@@ -67,6 +67,7 @@ FULL: dict[str, Any] = {
 }  # fmt: skip
 LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
+    "posteriors": {"curriculum": {"sampler": "uniform", "gate": "none", "domain_floor": 0.0}},
     "screening": {"curriculum": {"gate": "none"}},
     "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},

@@ -278,6 +278,9 @@ class CurriculumSettings(Section):
     retest_every_steps: PositiveInt = Field(20, description="steps after which what is retired or parked is re-tested")
     retest_rise: Share = Field(0.1, description="rise of its neighbours' pass rate that re-tests a parked task at once")
     domain_floor: Share = Field(0.1, description="share of the trained tokens that each domain gets at least")
+    domain_turns: Literal["equal", "by_size"] = Field(
+        "equal", description="how often each domain's turn comes: all alike, or by how many tasks it has"
+    )
     max_resamples: Annotated[int, Field(ge=0)] = Field(
         3, description="tasks that may take the place of one whose group the gate replaces; then the slot stays empty"
     )

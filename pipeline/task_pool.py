@@ -113,6 +113,7 @@ def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
         screen=settings.screen,
         rare_answers=settings.rare_answers,
         domain_floor=settings.domain_floor,
+        domain_turns=settings.domain_turns,
         difficulty=difficulty,
     )
 

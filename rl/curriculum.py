@@ -74,6 +74,7 @@ class CurriculumRules:
     screen: int  # answers; of gate speed
     rare_answers: float  # of gate speed
     domain_floor: float
+    domain_turns: Literal["equal", "by_size"] = "equal"
     difficulty: DifficultyRules
 
 
@@ -88,7 +89,8 @@ class Curriculum:
         self.renewal = renewal
         self.renewed: list[NewTask] = []  # added by the last `learn`
         self.difficulty = Difficulty(entries, rules.difficulty)
-        self.mix = DomainMix(entries.domains, rules.domain_floor)
+        sizes = dict(zip(entries.domains, np.bincount(entries.domain).tolist()))
+        self.mix = DomainMix(entries.domains, rules.domain_floor, sizes if rules.domain_turns == "by_size" else None)
         self.prefixes = Prefixes(rules.band[0])
         self.sampled: Counter[str] = Counter()  # entry → groups begun with it
         self.answer_tokens: dict[str, float] = {}  # domain → mean length of its answers of late

@@ -1,9 +1,10 @@
 """Which domain each slot of a step belongs to: all in turn, and none below its share of what is really trained on.
 
-Turns are smooth weighted round robin, so the domains of a batch are interleaved whatever their weights. Weights are 1
-as long as every domain gets its floor: a share of *trained tokens*, counted after groups without signal have fallen
-away. A domain below it gains weight step by step, up to MOST times the others', and loses it again when it is above:
-one that gives no trained token at all takes no more than that.
+Turns are smooth weighted round robin, so the domains of a batch are interleaved whatever their weights. They come alike
+or as often as the domains are large, times a weight for the sake of the floor. That is 1 as long as every domain gets
+its floor: a share of *trained tokens*, counted after groups without signal have fallen away. A domain below it gains
+weight step by step, up to MOST times the others', and loses it again when it is above: one that gives no trained token
+at all takes no more than that.
 """
 
 from __future__ import annotations
@@ -17,22 +18,25 @@ GAIN = 0.5  # of the step towards the floor, in the exponent: news are some step
 
 
 class DomainMix:
-    def __init__(self, domains: Sequence[str], floor: float) -> None:
-        """`floor`: share of trained tokens that each domain gets at least; 0: turns are all alike."""
+    def __init__(self, domains: Sequence[str], floor: float, sizes: Mapping[str, int] | None = None) -> None:
+        """`floor`: share of trained tokens that each domain gets at least; 0: none. `sizes`: turns are in proportion to
+        these; None: all domains have as many."""
         if floor * len(domains) > 1.0:
             raise ValueError(f"a floor of {floor:g} for each of {len(domains)} domains is more than there is")
         self.domains, self.floor = list(domains), floor
+        self.sizes = {domain: sizes[domain] if sizes else 1 for domain in domains}
         self.weights = dict.fromkeys(domains, 1.0)
         self.credit = dict.fromkeys(domains, 0.0)
         self.tokens = dict.fromkeys(domains, 0.0)  # trained, fading
 
     def assign(self, count: int) -> list[str]:
         """The domains of the next `count` slots."""
-        total = sum(self.weights.values())
+        shares = {domain: self.sizes[domain] * self.weights[domain] for domain in self.domains}
+        total = sum(shares.values())
         turns = []
         for _ in range(count):
             for domain in self.domains:
-                self.credit[domain] += self.weights[domain] / total
+                self.credit[domain] += shares[domain] / total
             turn = max(self.domains, key=lambda domain: round(self.credit[domain], 9))  # equal: the first
             self.credit[turn] -= 1.0
             turns.append(turn)

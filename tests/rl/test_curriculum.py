@@ -47,6 +47,16 @@ def test_thompson_settles_on_the_levels_within_the_band():
     assert counts[3] > 0.7 * counts.total()
 
 
+def test_domains_take_equal_turns_or_as_many_as_they_have_prompts():
+    cells = {f"m{i}": ("maths", 1) for i in range(30)} | {f"c{i}": ("code", 1) for i in range(10)}
+
+    def maths_share(**changes):
+        one = curriculum(cells, sampler="uniform", **changes)
+        return sum(turns[0].entry.startswith("m") for turns in one.plan(range(16))) / 16
+
+    assert (maths_share(), maths_share(domain_turns="by_size")) == (0.5, 0.75)
+
+
 def test_parked_and_retired_levels_leave_their_places_to_the_others():
     """The same pool without states draws hopeless levels again and again, as what it knew of them fades."""
     kept = curriculum(retire_above=0.9, park_below=0.1)
