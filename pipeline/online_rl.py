@@ -168,9 +168,7 @@ class RemoteGenerator:
         )
 
     async def take_weights(self, location: str, version: int, expected: Published, repair: bool = False) -> SyncReport:
-        call = self.actor.call_async(
-            "take_weights", location, version, expected, repair=repair, timeout_s=self.deadline_s
-        )
+        call = self.actor.call_async("take_weights", location, version, expected, repair, timeout_s=self.deadline_s)
         try:
             return await self._asked(call, passed_on={"WeightsRefused"})
         except ActorFailed as error:
