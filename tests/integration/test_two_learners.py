@@ -60,6 +60,8 @@ def steps(rank: int, settings: LearnerSettings, out: str, resume_from: str = "",
     learner.save(f"{out}/checkpoint-{settings.world_size}")
     torch.save({"metrics": metrics, "weights": weights, "bytes": own_bytes, "probe": vars_of(published)},
                f"{out}/{name}.pt")  # fmt: skip
+    if settings.world_size > 1:  # a process that ends with gloo's threads alive may abort
+        torch.distributed.destroy_process_group()
 
 
 def vars_of(published: Any) -> dict[str, Any]:
