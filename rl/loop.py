@@ -323,6 +323,7 @@ class AsyncLoop:
                 text=text,
                 reason=verdict.reason,
                 score=verdict.value if isinstance(verdict, Score) else None,
+                num_begun=len(prefix),
             )
             for answer, text, verdict in zip(answers, texts, verdicts, strict=True)
         ]
@@ -394,7 +395,7 @@ class AsyncLoop:
         if rollout.score is None:
             return None
         settings, truncated = self.settings, rollout.answer.finish_reason == "length"
-        length = len(rollout.answer.token_ids)
+        length = rollout.num_begun + len(rollout.answer.token_ids)
         return rollout.score - overlong_penalty(
             length, settings.max_answer_tokens, settings.overlong_buffer, settings.overlong_penalty, truncated
         )

@@ -121,6 +121,7 @@ class Rollout:
     text: str
     score: float | None  # None: ungraded, never trained on
     reason: str
+    num_begun: int = 0  # tokens that it was given to go on from: `rl/prefixes.py`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,11 +29,11 @@ def write_recipe(folder: Path) -> tuple[Path, Path]:
     climb = {
         "name": "climb", "kind": "online_rl", "policy": f"{BASE}/", "steps": STEPS, "groups_per_step": 3,
         "group_size": 8, "max_staleness": 0, "max_answer_tokens": 48, "save_every_steps": 1, "warmup_steps": 1,
-        "learning_rate": 4e-4, "checkpoint_every_steps": 2,
+        "learning_rate": 4e-4, "checkpoint_every_steps": 2, "updates_per_step": 2, "last_rate_share": 0.5,
         "tasks": {"dataset": str(folder.parent / "pool.jsonl.gz"), "format": "examples"},
         "curriculum": {
             "sampler": "thompson", "gate": "speed", "allocator": "knapsack", "largest_group": 16,
-            "calibrate_entries": 4, "retest_every_steps": 2,
+            "calibrate_entries": 4, "retest_every_steps": 2, "band": [0.7, 0.95], "prefix_share": 0.9,
             "renew": {"every_steps": 2, "prompts": 6, "synthetic_share": 0.5},
         },
     }  # fmt: skip
@@ -74,9 +74,12 @@ def test_killed_in_the_middle_of_its_curriculum_it_ends_with_the_same_bits(tmp_p
     assert len(set(asked)) > 1
     sizes = {json.loads(line)["size"] for line in (climb / "observations.jsonl").read_text().splitlines()}
     assert len(sizes) > 1, "the knapsack gave everybody the same"
+    steps = [json.loads(line) for line in (climb / "steps.jsonl").read_text().splitlines()]
+    assert sum(step["groups_begun"] for step in steps) > 0, "no answer went on from an earlier one"
+    assert steps[-1]["learning_rate"] == 4e-4 / 2 and all("last_clip_share" in step for step in steps)
     calibration = json.loads((climb / "calibration.json").read_text())
     assert calibration["entries"] == 4 and all(row["total"] == 64 for row in calibration["rows"])
-    steps = {path.name for path in (climb / "checkpoints").iterdir()}
-    assert steps == {"step-000002", "step-000004"}
+    kept = {path.name for path in (climb / "checkpoints").iterdir()}
+    assert kept == {"step-000002", "step-000004"}
     last = (climb / "checkpoints" / "step-000004" / "model.safetensors").read_bytes()
     assert last == (climb / "checkpoint" / "model.safetensors").read_bytes()

@@ -480,11 +480,13 @@ def test_an_answer_that_is_begun_for_the_engine_is_graded_whole_and_trained_on_f
             return await super().sample(request)
 
     # "1" is the prefix's first token: every answer would be right, were the prefix all that is graded.
-    records, _, _ = run(Recording(), learner, grade=lambda task, text: Score(float(text.split()[-1]), "ok"),
-                        decode=lambda ids: " ".join(map(str, ids)))  # fmt: skip
+    records, _, loop = run(Recording(), learner, grade=lambda task, text: Score(float(text.split()[-1]), "ok"),
+                           decode=lambda ids: " ".join(map(str, ids)))  # fmt: skip
     assert all(request.prompt_ids == [1, 1, 6, 7] and request.max_tokens == 8 - 3 for request in asked)
     assert learner.batches[0].prompt_ids == [[1, 1, 6, 7]] * 4 and learner.batches[0].answer_ids == [[0], [1]] * 2
     assert records[0].groups[0].rollouts[1].text == "1 6 7 1" and records[0].metrics["reused_tokens"] == 3 * 4
+    loop.settings = dataclasses.replace(loop.settings, overlong_penalty=1.0, overlong_buffer=8)
+    assert loop._shaped(records[0].groups[0].rollouts[1]) == 1.0 - 4 / 8, "four of eight tokens, three of them given"
     assert records[0].outcomes[0].right == (1, 6, 7, 1) and records[0].metrics["generated_tokens"] >= 4
 
 
