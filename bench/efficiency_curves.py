@@ -56,8 +56,8 @@ def by_arm(runs: list[dict[str, Any]], trials: bool) -> Curves:
     return found
 
 
-def shape_text(shape: dict[str, float]) -> str:
-    return ", ".join(f"{name}: {share:.0%}" for name, share in shape.items() if name != "prompts")
+def shape_text(shape: dict[str, Any]) -> str:
+    return ", ".join(f"{rates}: {share:.0%}" for rates, share in shape["shares"].items())
 
 
 def pool_table(title: str, arms: dict[str, list[Curve]], targets: list[float], at_start: float) -> Table:

@@ -42,6 +42,7 @@ POOL_PROMPTS, DEAD_SHARE = 4000, 0.9
 DEAD, LIVE = (0.03, 0.97), (0.1, 0.9)  # pass rates of a (domain, level): outside of the first, inside of the second
 LEVELS = range(1, 11)
 BEYOND = {"maths": range(14, 27, 2), "code": range(14, 27, 2), "dialogue": range(12, 19, 2), "reasoning": ()}
+STOP_AT = 1.25  # times the longest right answer of a level: an answer that goes on is taken for hopeless
 HISTOGRAM = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.01)
 START_TASKS, START_SAMPLES = 16, 8  # of each (domain, level), to tell them apart
 HELD_OUT_TASKS, HELD_OUT_SAMPLES = 6, 4  # of each (domain, level)
@@ -285,7 +286,7 @@ def collect(
     of_run = {(run["pool"], run["arm"], run["seed"]): run for run in known["runs"]}
     for path in sorted(folder.glob("*/*/seed*/curve.json")):
         pool, arm, seed = path.parts[-4], path.parts[-3], int(path.parts[-2].removeprefix("seed"))
-        known["pools"].setdefault(pool, shape(folder, pool))
+        known["pools"][pool] = shape(folder, pool)
         curve = json.loads(path.read_text())
         of_run.setdefault((pool, arm, seed), {"machine": machine, **settings_of(path.parent)})
         of_run[pool, arm, seed] |= {"pool": pool, "arm": arm, "seed": seed, "curve": curve}
@@ -300,15 +301,43 @@ def settings_of(place: Path) -> dict[str, Any]:
     return {"settings": json.loads(path.read_text())} if path.exists() else {}
 
 
-def shape(folder: Path, pool: str) -> dict[str, float]:
-    """Share of the pool's prompts by the pass rate of their (domain, level) at the start."""
+def shape(folder: Path, pool: str) -> dict[str, Any]:
+    """Share of the pool's prompts by the pass rate of their (domain, level) at the start; prompts of each domain, and
+    how many of them are of levels that can be learnt from."""
     from pipeline.data import read_examples
 
     rates = cell_rates(folder / "start" / "run" / "warm" / "checkpoint")
-    seen = [rates[f"{example.task.domain}/{example.task.level}"] for example in read_examples(pool_path(folder, pool))]
+    tasks = [example.task for example in read_examples(pool_path(folder, pool))]
+    seen = [rates[f"{task.domain}/{task.level}"] for task in tasks]
+    live = Counter(task.domain for task, rate in zip(tasks, seen) if LIVE[0] <= rate <= LIVE[1])
+    domains = {name: [count, live[name]] for name, count in sorted(Counter(task.domain for task in tasks).items())}
     bins = {f"{low:g}–{min(high, 1):g}": sum(low <= rate < high for rate in seen) / len(seen)
             for low, high in itertools.pairwise(HISTOGRAM)}  # fmt: skip
-    return {name: round(share, 4) for name, share in bins.items() if share} | {"prompts": len(seen)}
+    shares = {name: round(share, 4) for name, share in bins.items() if share}
+    return {"shares": shares, "prompts_and_live": domains}
+
+
+@app.command()
+def lengths(folder: Annotated[Path, typer.Argument(help="A run of ours, FOLDER/dead/C/seed1.")]) -> None:
+    """What could be saved at most by stopping hopeless answers early, and by shortening right ones."""
+    import pyarrow.parquet as pq
+
+    columns = ["domain", "level", "answer_ids", "score", "finish_reason"]
+    rows = pq.read_table(folder / "run" / "climb" / "rollouts.parquet", columns=columns).to_pylist()
+    whole = sum(len(row["answer_ids"]) for row in rows)
+    right: dict[tuple[str, int], list[int]] = {}
+    for row in rows:
+        if (row["score"] or 0.0) >= 1.0:
+            right.setdefault((row["domain"], row["level"]), []).append(len(row["answer_ids"]))
+    over = sum(
+        max(0.0, len(row["answer_ids"]) - STOP_AT * max(right[cell]))
+        for row in rows
+        if (cell := (row["domain"], row["level"])) in right
+    )
+    shorter = sum(length - sorted(some)[len(some) // 10] for some in right.values() for length in some)
+    cut_off = sum(len(row["answer_ids"]) for row in rows if row["finish_reason"] == "length")
+    print(f"{whole:,} tokens; answers of the length limit {cut_off / whole:.1%}; beyond {STOP_AT} × the longest right one "
+          f"of their level {over / whole:.1%}; right ones beyond the shortest tenth of theirs {shorter / whole:.1%}")  # fmt: skip
 
 
 if __name__ == "__main__":
