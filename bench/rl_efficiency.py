@@ -336,8 +336,9 @@ def lengths(folder: Annotated[Path, typer.Argument(help="A run of ours, FOLDER/d
     )
     shorter = sum(length - sorted(some)[len(some) // 10] for some in right.values() for length in some)
     cut_off = sum(len(row["answer_ids"]) for row in rows if row["finish_reason"] == "length")
-    print(f"{whole:,} tokens; answers of the length limit {cut_off / whole:.1%}; beyond {STOP_AT} × the longest right one "
-          f"of their level {over / whole:.1%}; right ones beyond the shortest tenth of theirs {shorter / whole:.1%}")  # fmt: skip
+    print(f"{whole:,} tokens; answers of the length limit {cut_off / whole:.1%}")
+    print(f"beyond {STOP_AT} × the longest right one of their level: {over / whole:.1%}")
+    print(f"right ones beyond the shortest tenth of their level's: {shorter / whole:.1%}")
 
 
 if __name__ == "__main__":
