@@ -34,14 +34,14 @@ def table(
 ) -> None:
     """Print a table a pool, median of the seeds and their range, and one of the trials; draw the curves."""
     known = json.loads(runs.read_text())
-    at_start = statistics.fmean(known["at_start"].values())
+    at_start = {pool: statistics.fmean(scores.values()) for pool, scores in known["at_start"].items()}
     curves, trials = by_arm(known["runs"], trials=False), by_arm(known["runs"], trials=True)
     console = Console(width=160)
     for title, some in (("", curves), ("trials of ", trials)):
         for pool, arms in some.items():
-            console.print(pool_table(f"{title}pool {pool}: {shape_text(known['pools'][pool])}", arms, target, at_start))
-    print(f"held-out pass@1 at the start: {at_start:.3f}")
-    for machine in known["at_start"]:
+            heading = f"{title}pool {pool}, {at_start[pool]:.3f} at the start: {shape_text(known['pools'][pool])}"
+            console.print(pool_table(heading, arms, target, at_start[pool]))
+    for machine in sorted({run["machine"] for run in known["runs"]}):
         print(machine)
     if picture:
         draw(curves, at_start, picture)
@@ -134,7 +134,7 @@ def fit_text(curves: list[Curve], at_start: float) -> str:
     return f"{end:.2f}, {middle / 1e3:,.0f} k, {slope:.1f} (±{error:.3f})"
 
 
-def draw(runs: Curves, at_start: float, picture: Path) -> None:
+def draw(runs: Curves, at_start: dict[str, float], picture: Path) -> None:
     """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run; without the arms that lack a lever."""
     runs = {pool: {arm: of for arm, of in arms.items() if "-" not in arm} for pool, arms in runs.items()}
     arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
@@ -146,7 +146,9 @@ def draw(runs: Curves, at_start: float, picture: Path) -> None:
         for column, (key, label) in enumerate((("generated_tokens", "generated tokens"), ("seconds", "seconds"))):
             series = [
                 plots.Series(
-                    arm, [(0.0, at_start), *((point[key], point["pass_at_1"]) for point in curve)], arms.index(arm)
+                    arm,
+                    [(0.0, at_start[pool]), *((point[key], point["pass_at_1"]) for point in curve)],
+                    arms.index(arm),
                 )
                 for arm, curves in of_pool.items()
                 for curve in curves

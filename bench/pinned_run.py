@@ -38,7 +38,7 @@ def run(recipe: dict[str, Any], folder: Path) -> Path:
         for event in events(run_dir, "actor_started"):
             if event["pid"] not in pinned:
                 pinned.add(event["pid"])
-                pin(event["pid"], cores[event["actor"] != "generator-0"])
+                pin(event["pid"], cores[0 if event["actor"] == "generator-0" else -1])
         time.sleep(POLL_S)
     if process.returncode:
         raise RuntimeError(f"the run ended with {process.returncode}:\n{log.read_text()[-3000:]}")

@@ -12,10 +12,7 @@ levels alike, which no arm ever sees. What an arm needs is read off where its cu
 
 Arms: A    TRL's GRPOTrainer, uniform              B    ours, uniform, the settings of A
       C    ours in full                            C-x  ours in full without lever x
-Pools, from the same generators and equally large, by the pass rates of the model at the start:
-      dead      nine prompts in ten from levels that it nearly always or nearly never solves; most lie beyond the ten
-                levels, where a right answer does not even fit
-      filtered  all from levels in between
+Pools, in `efficiency_pools.py`: dead, filtered, gym.
 """
 
 from __future__ import annotations
@@ -25,12 +22,11 @@ import json
 import shutil
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import efficiency_curves
+import efficiency_pools
 import pinned_run
 import typer
 import yaml
@@ -38,17 +34,7 @@ import yaml
 app = typer.Typer(add_completion=False, help=__doc__)
 app.command()(efficiency_curves.table)
 
-POOL_PROMPTS, DEAD_SHARE = 4000, 0.9
-DEAD, LIVE = (0.03, 0.97), (0.1, 0.9)  # pass rates of a (domain, level): outside of the first, inside of the second
-LEVELS = range(1, 11)
-BEYOND = {"maths": range(14, 27, 2), "code": range(14, 27, 2), "dialogue": range(12, 19, 2), "reasoning": ()}
 STOP_AT = 1.25  # times the longest right answer of a level: an answer that goes on is taken for hopeless
-HISTOGRAM = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.01)
-START_TASKS, START_SAMPLES = 16, 8  # of each (domain, level), to tell them apart
-HELD_OUT_TASKS, HELD_OUT_SAMPLES = 6, 4  # of each (domain, level)
-HELD_OUT = {"domains": ["maths", "code", "reasoning", "dialogue"], "levels": [1, 10], "tasks_per_level": HELD_OUT_TASKS,
-            "split": "held_out"}  # fmt: skip
-
 # Of A and B alike: the best of those tried with A, docs/results.md.
 SHARED = {
     "dead": {"groups_per_step": 16, "group_size": 16, "learning_rate": 3.0e-4},
@@ -82,7 +68,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 @app.command()
 def run(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
-    pools: Annotated[list[str], typer.Option(help="dead | filtered")] = ["dead", "filtered"],  # noqa: B006
+    pools: Annotated[list[str], typer.Option(help=" | ".join(efficiency_pools.POOLS))] = ["dead", "filtered"],  # noqa: B006
     arms: Annotated[list[str], typer.Option(help="A | B | C | C-<lever>")] = ["A", "B", "C"],  # noqa: B006
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
@@ -91,7 +77,6 @@ def run(
     label: Annotated[str, typer.Option(help="Name of that trial: it lies beside the arm's own runs.")] = "",
 ) -> None:
     """Do the runs that are missing."""
-    start = starting_point(folder)
     for pool, arm, seed in itertools.product(pools, arms, seeds):
         place = folder / pool / f"{arm}{label}" / f"seed{seed}"
         if (place / "curve.json").exists():
@@ -99,7 +84,7 @@ def run(
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
         changes = yaml.safe_load(settings) or {}
-        examples = pool_file(folder, pool, start)
+        start, examples = efficiency_pools.starting_point(folder, pool), efficiency_pools.pool_file(folder, pool)
         asked = SHARED[pool] | TRL_OPTIONS if arm == "A" else stage_of(arm, pool)
         asked = changed(asked, changes)
         (place / "settings.json").write_text(json.dumps(asked | {"of_256_answers": steps}))
@@ -107,88 +92,9 @@ def run(
             rows = trl_run(place, start, examples, seed, steps, asked, checkpoints)
         else:
             rows = our_run(place, start, examples, seed, steps, asked, checkpoints)
-        curve = evaluated(place, rows, trial=bool(label))
+        curve = evaluated(place, rows, folder, pool, trial=bool(label))
         (place / "curve.json").write_text(json.dumps(curve, indent=1))
         print(place, " ".join(f"{point['pass_at_1']:.3f}" for point in curve), flush=True)
-
-
-def starting_point(folder: Path) -> Path:
-    """The demo's model after its SFT, with its pass rate in every (domain, level) beside it."""
-    demo = yaml.safe_load((pinned_run.ROOT / "stages.yaml").read_text())
-    stages = {stage["name"]: stage for stage in demo["stages"]}
-    base = f"{pinned_run.ROOT / 'recipes' / 'tiny_base'}/"
-    candidates = folder / "start" / "candidates.jsonl.gz"
-    if not candidates.exists():
-        candidates.parent.mkdir(parents=True, exist_ok=True)
-        wanted = {f"{domain}/{level}": START_TASKS for domain, more in BEYOND.items() for level in (*LEVELS, *more)}
-        write_tasks(candidates, wanted, first_seed=10**8)
-    every = {"dataset": str(candidates), "format": "examples"}
-    recipe = {
-        "run": {"name": "start", "seed": 1},
-        "cluster": demo["cluster"],
-        "stages": [
-            stages["keep"] | {"calibrate_policy": base, "calibrate_tasks": 8},
-            stages["warm"] | {"init": base},
-            {"name": "rates", "kind": "evaluate", "policies": ["warm"], "tasks": every, "k": [1],
-             "samples": START_SAMPLES, "engines": 2},
-        ],
-    }  # fmt: skip
-    if not (folder / "start" / "run" / "rates" / "COMPLETE").exists():
-        pinned_run.run(recipe, folder / "start")
-    return folder / "start" / "run" / "warm" / "checkpoint"
-
-
-def score_at_start(folder: Path, start: Path) -> float:
-    """Held-out pass@1 of the model that all arms begin with."""
-    run_dir = folder / "begin" / "run"
-    if not (run_dir / "begin" / "COMPLETE").exists():
-        stage = {"name": "begin", "kind": "evaluate", "policies": [f"{start}/"], "tasks": HELD_OUT, "k": [1],
-                 "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
-        pinned_run.run({"run": {"name": "begin", "seed": 1}, "stages": [stage]}, folder / "begin")
-    results = json.loads((run_dir / "begin" / "results.json").read_text())
-    return results["policies"][0]["pass_at_k"]["1"]["value"]
-
-
-def cell_rates(start: Path) -> dict[str, float]:
-    results = json.loads((start.parents[1] / "rates" / "results.json").read_text())
-    return {cell: passes["1"]["value"] for cell, passes in results["policies"][0]["cells"].items()}
-
-
-def pool_file(folder: Path, pool: str, start: Path) -> Path:
-    """Prompts, as many from each (domain, level) of a kind as from the others."""
-    path = pool_path(folder, pool)
-    if path.exists():
-        return path
-    rates = cell_rates(start)
-    live = [cell for cell, rate in rates.items() if LIVE[0] <= rate <= LIVE[1]]
-    dead = [cell for cell, rate in rates.items() if not DEAD[0] < rate < DEAD[1]]
-    num_dead = round(POOL_PROMPTS * DEAD_SHARE) if pool == "dead" else 0
-    wanted = Counter(itertools.islice(itertools.cycle(live), POOL_PROMPTS - num_dead))
-    wanted += Counter(itertools.islice(itertools.cycle(dead), num_dead))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tasks(path, wanted, first_seed=10**9)
-    return path
-
-
-def pool_path(folder: Path, pool: str) -> Path:
-    return folder / pool / "pool.jsonl.gz"
-
-
-def write_tasks(path: Path, wanted: Mapping[str, int], first_seed: int) -> None:
-    """So many of each "domain/level", with distinct prompts as far as there are."""
-    from pipeline.data import Example, write_examples
-    from rewards.domains import generate
-
-    examples, seen = [], set()
-    for cell, count in sorted(wanted.items()):
-        domain, level = cell.split("/")
-        draws = (generate(domain, int(level), first_seed + draw, "train") for draw in range(count * 20))
-        for task in draws:
-            if count and task.prompt not in seen:
-                seen.add(task.prompt)
-                examples.append(Example(task, ""))
-                count -= 1
-    write_examples(path, examples)
 
 
 def stage_of(arm: str, pool: str) -> dict[str, Any]:
@@ -245,12 +151,13 @@ def trl_run(
     return [row for row in pinned_run.json_lines(place / "trl" / "steps.jsonl") if row["step"] % every == 0]
 
 
-def evaluated(place: Path, rows: list[dict[str, Any]], trial: bool) -> list[dict[str, Any]]:
+def evaluated(place: Path, rows: list[dict[str, Any]], folder: Path, pool: str, trial: bool) -> list[dict[str, Any]]:
     """The curve, and but for a trial pass@k at its end. Of all checkpoints but the last only the scores are kept."""
     checkpoints = {row["step"]: place / "checkpoints" / f"step-{row['step']:06}" for row in rows}
     many = {"name": "curve", "kind": "evaluate", "policies": [f"{path}/" for path in checkpoints.values()],
-            "tasks": HELD_OUT, "k": [1], "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
-    fewer = HELD_OUT | {"tasks_per_level": HELD_OUT_TASKS // 2}
+            "tasks": efficiency_pools.held_out(folder, pool), "k": [1], "samples": efficiency_pools.HELD_OUT_SAMPLES,
+            "engines": 2}  # fmt: skip
+    fewer = efficiency_pools.held_out(folder, pool, efficiency_pools.HELD_OUT_TASKS // 2)
     last = many | {"name": "last", "policies": many["policies"][-1:], "tasks": fewer, "k": [1, 8, 32], "samples": 32}
     stages = [many] if trial else [many, last]
     recipe = {"run": {"name": "curve", "seed": 1}, "stages": stages}
@@ -279,14 +186,13 @@ def collect(
     out: Annotated[Path, typer.Argument(help="A .json file; what is in it stays, but for the same runs.")],
 ) -> None:
     """Add a folder's curves to a file, with what they were measured on."""
-    start = folder / "start" / "run" / "warm" / "checkpoint"
     known = json.loads(out.read_text()) if out.exists() else {"at_start": {}, "pools": {}, "runs": []}
     machine = pinned_run.circumstances()
-    known["at_start"][machine] = score_at_start(folder, start)
     of_run = {(run["pool"], run["arm"], run["seed"]): run for run in known["runs"]}
     for path in sorted(folder.glob("*/*/seed*/curve.json")):
         pool, arm, seed = path.parts[-4], path.parts[-3], int(path.parts[-2].removeprefix("seed"))
-        known["pools"][pool] = shape(folder, pool)
+        known["pools"].setdefault(pool, efficiency_pools.shape(folder, pool))
+        known["at_start"].setdefault(pool, {})[machine] = efficiency_pools.score_at_start(folder, pool)
         curve = json.loads(path.read_text())
         of_run.setdefault((pool, arm, seed), {"machine": machine, **settings_of(path.parent)})
         of_run[pool, arm, seed] |= {"pool": pool, "arm": arm, "seed": seed, "curve": curve}
@@ -299,22 +205,6 @@ def settings_of(place: Path) -> dict[str, Any]:
     """Of one run, as it was asked for."""
     path = place / "settings.json"
     return {"settings": json.loads(path.read_text())} if path.exists() else {}
-
-
-def shape(folder: Path, pool: str) -> dict[str, Any]:
-    """Share of the pool's prompts by the pass rate of their (domain, level) at the start; prompts of each domain, and
-    how many of them are of levels that can be learnt from."""
-    from pipeline.data import read_examples
-
-    rates = cell_rates(folder / "start" / "run" / "warm" / "checkpoint")
-    tasks = [example.task for example in read_examples(pool_path(folder, pool))]
-    seen = [rates[f"{task.domain}/{task.level}"] for task in tasks]
-    live = Counter(task.domain for task, rate in zip(tasks, seen) if LIVE[0] <= rate <= LIVE[1])
-    domains = {name: [count, live[name]] for name, count in sorted(Counter(task.domain for task in tasks).items())}
-    bins = {f"{low:g}–{min(high, 1):g}": sum(low <= rate < high for rate in seen) / len(seen)
-            for low, high in itertools.pairwise(HISTOGRAM)}  # fmt: skip
-    shares = {name: round(share, 4) for name, share in bins.items() if share}
-    return {"shares": shares, "prompts_and_live": domains}
 
 
 @app.command()
