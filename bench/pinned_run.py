@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def run(recipe: dict[str, Any], folder: Path) -> Path:
 
 
 def pin(pid: int, core: int) -> None:
-    """All threads of a process and of its children."""
-    root = psutil.Process(pid)
-    for process in (root, *root.children(recursive=True)):
-        for thread in process.threads():
-            os.sched_setaffinity(thread.id, {core})
+    """All threads of a process and of its children; one that has ended meanwhile, or before a resume, is left out."""
+    with suppress(psutil.NoSuchProcess, ProcessLookupError):
+        root = psutil.Process(pid)
+        for process in (root, *root.children(recursive=True)):
+            for thread in process.threads():
+                os.sched_setaffinity(thread.id, {core})
 
 
 def events(run_dir: Path, name: str) -> list[dict[str, Any]]:
