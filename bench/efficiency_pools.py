@@ -29,7 +29,7 @@ START_TASKS, START_SAMPLES = 16, 8  # of each (domain, level), to tell them apar
 HELD_OUT_TASKS, HELD_OUT_SAMPLES = 240, 4
 BASE = f"{pinned_run.ROOT / 'recipes' / 'tiny_base'}/"
 SHIPPED_GYM = pinned_run.ROOT / "recipes" / "reasoning_gym.jsonl.gz"
-GYM_SFT = {"learning_rate": 1.0e-3, "epochs": 8, "batch_examples": 32}  # a new language for this model, no light touch
+GYM_SFT = {"learning_rate": 1.0e-3, "epochs": 4, "batch_examples": 32}  # a new language for this model, no light touch
 
 
 def start_folder(folder: Path, pool: str) -> Path:
@@ -73,8 +73,9 @@ def gym_start(folder: Path) -> dict[str, Any]:
     train = [example for example in read_examples(gym_source(folder)) if split_of(example.task.prompt) == "train"]
     taught = start_folder(folder, "gym") / "taught.jsonl.gz"
     for path, share in ((taught, train[::2]), (pool_path(folder, "gym"), train[1::2])):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_examples(path, share)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_examples(path, share)
     return {
         "run": {"name": "start", "seed": 1},
         "stages": [
