@@ -3,8 +3,8 @@
 dead      nine prompts in ten from levels that the model nearly always or nearly never solves; most lie beyond the
           ten levels, where a right answer does not even fit
 filtered  from the same generators and equally large, all from levels in between
-gym       not ours: eight data sets of reasoning-gym with its own levels, as they come: FOLDER/gym.jsonl.gz, which
-          `reasoning_gym_pool.py` writes, or else the few problems that the project ships
+gym       not ours: eight data sets of reasoning-gym with its own levels, as they come: FOLDER/gym.jsonl.gz,
+          written by `reasoning_gym_pool.py --per-level 400`
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pinned_run
 import yaml
+from worked_answers import worked
 
 POOLS = ("dead", "filtered", "gym")
 POOL_PROMPTS, DEAD_SHARE = 4000, 0.9
@@ -28,8 +30,9 @@ HISTOGRAM = (0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.9, 0.97, 1.01)
 START_TASKS, START_SAMPLES = 16, 8  # of each (domain, level), to tell them apart
 HELD_OUT_TASKS, HELD_OUT_SAMPLES = 240, 4
 BASE = f"{pinned_run.ROOT / 'recipes' / 'tiny_base'}/"
-SHIPPED_GYM = pinned_run.ROOT / "recipes" / "reasoning_gym.jsonl.gz"
-GYM_SFT = {"learning_rate": 1.0e-3, "epochs": 4, "batch_examples": 32}  # a new language for this model, no light touch
+GYM_TAUGHT = 1600  # problems, the easy half of which the judge prunes
+GYM_LEVELS = 32  # of all its data sets together
+GYM_SFT = {"learning_rate": 1.0e-3, "epochs": 8, "batch_examples": 32}  # a new language for this model, no light touch
 
 
 def start_folder(folder: Path, pool: str) -> Path:
@@ -66,13 +69,15 @@ def demo_start(folder: Path) -> dict[str, Any]:
 
 
 def gym_start(folder: Path) -> dict[str, Any]:
-    """The base model, which knows nothing like them, after SFT on half of the problems; RL gets the other half."""
+    """The base model, which knows nothing like them, after SFT on some of the problems, worked; RL gets the others."""
     from pipeline.data import read_examples, write_examples
     from rewards.task import split_of
 
     train = [example for example in read_examples(gym_source(folder)) if split_of(example.task.prompt) == "train"]
     taught = start_folder(folder, "gym") / "taught.jsonl.gz"
-    for path, share in ((taught, train[::2]), (pool_path(folder, "gym"), train[1::2])):
+    lessons = [replace(one, answer=worked(one.task.domain, one.task.prompt, one.task.check["answer"]))
+               for one in train[:GYM_TAUGHT]]  # fmt: skip
+    for path, share in ((taught, lessons), (pool_path(folder, "gym"), train[GYM_TAUGHT:])):
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_examples(path, share)
@@ -81,15 +86,14 @@ def gym_start(folder: Path) -> dict[str, Any]:
         "stages": [
             {"name": "keep", "kind": "judge_filter", "examples": examples_in(taught), "keep_easy_share": 0.5},
             {"name": "warm", "kind": "sft", "init": BASE, "examples": "keep", "train": GYM_SFT},
-            {"name": "rates", "kind": "evaluate", "policies": ["warm"], "tasks": examples_in(pool_path(folder, "gym")),
-             "k": [1], "samples": START_SAMPLES, "engines": 2},
+            {"name": "rates", "kind": "evaluate", "policies": ["warm"], "k": [1], "samples": START_SAMPLES,
+             "tasks": examples_in(pool_path(folder, "gym")) | {"limit": GYM_LEVELS * START_TASKS}, "engines": 2},
         ],
     }  # fmt: skip
 
 
 def gym_source(folder: Path) -> Path:
-    own = folder / "gym.jsonl.gz"
-    return own if own.exists() else SHIPPED_GYM
+    return folder / "gym.jsonl.gz"
 
 
 def examples_in(path: Path) -> dict[str, Any]:

@@ -105,6 +105,7 @@ def main(
                     clock.pause(lambda: save(state.global_step))
 
         batch = groups_per_step * group_size
+        micro_batch = min(micro_batch, batch)
         config = GRPOConfig(
             output_dir=str(out), learning_rate=learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=3,
             adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, max_steps=steps, num_generations=group_size,

@@ -19,7 +19,7 @@ def pools(monkeypatch):
     import efficiency_pools
 
     yield efficiency_pools
-    for name in ("efficiency_pools", "pinned_run"):
+    for name in ("efficiency_pools", "pinned_run", "worked_answers"):
         sys.modules.pop(name)
 
 
@@ -49,19 +49,24 @@ def test_nine_prompts_in_ten_of_the_dead_pool_are_hopeless_and_levels_of_a_kind_
     assert shape["prompts_and_live"] == {"code": [70, 10], "maths": [130, 10]}
 
 
-def test_what_is_taught_is_not_trained_on_and_nothing_held_out_is_either(pools, tmp_path):
+def test_what_is_taught_is_not_trained_on_and_nothing_held_out_is_either(pools, tmp_path, monkeypatch):
+    monkeypatch.setattr(pools, "GYM_TAUGHT", 500)
+    pools.gym_source(tmp_path).write_bytes((BENCH.parent / "recipes" / "reasoning_gym.jsonl.gz").read_bytes())
     pools.gym_start(tmp_path)
-    sides = {path.name: {example.task.prompt for example in read_examples(path)}
-             for path in (tmp_path / "start_gym" / "taught.jsonl.gz", pools.pool_path(tmp_path, "gym"))}  # fmt: skip
-    taught, trained = sides.values()
-    assert taught and not taught & trained and abs(len(taught) - len(trained)) <= 1
-    assert {split_of(prompt) for prompt in taught | trained} == {"train"}
+    taught = read_examples(tmp_path / "start_gym" / "taught.jsonl.gz")
+    trained = read_examples(pools.pool_path(tmp_path, "gym"))
+    prompts = [{example.task.prompt for example in some} for some in (taught, trained)]
+    assert len(prompts[0]) == 500 < len(prompts[1]) and not prompts[0] & prompts[1]
+    assert {split_of(prompt) for prompt in prompts[0] | prompts[1]} == {"train"}
+    assert any(example.answer.count("\n") > 2 for example in taught)  # worked
+    files = tmp_path / "start_gym" / "taught.jsonl.gz", pools.pool_path(tmp_path, "gym")
+    before = [path.read_bytes() for path in files]
+    pools.gym_start(tmp_path)  # again: a run that goes on finds the same files
+    assert before == [path.read_bytes() for path in files]
 
 
 def test_held_out_tasks_are_as_many_from_every_level(pools, tmp_path):
     assert pools.held_out(tmp_path, "dead", 240)["tasks_per_level"] == 6
     assert pools.held_out(tmp_path, "filtered", 120)["tasks_per_level"] == 3
     gym = pools.held_out(tmp_path, "gym", 120)
-    assert gym["limit"] == 120 and gym["split"] == "held_out" and gym["dataset"] == str(pools.SHIPPED_GYM)
-    (tmp_path / "gym.jsonl.gz").touch()
-    assert pools.held_out(tmp_path, "gym")["dataset"] == str(tmp_path / "gym.jsonl.gz")
+    assert (gym["limit"], gym["split"], gym["dataset"]) == (120, "held_out", str(tmp_path / "gym.jsonl.gz"))
