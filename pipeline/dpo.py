@@ -138,7 +138,7 @@ def pair_counts(mined: MinedPairs) -> dict[str, Any]:
 
 
 class DpoTrainerActor:
-    """Loads, trains, merges and saves; built by `pipeline/cluster.py` in an actor, or directly in a test."""
+    """Loads, trains, merges and saves; built by `pipeline/cluster` in an actor, or directly in a test."""
 
     def __init__(self, job: DpoJob) -> None:
         self.job = job

@@ -70,7 +70,7 @@ def run(context: StageContext) -> dict[str, Any]:
 
 
 class SftTrainerActor:
-    """Loads, trains and saves; built by `pipeline/cluster.py` in an actor, or directly in a test."""
+    """Loads, trains and saves; built by `pipeline/cluster` in an actor, or directly in a test."""
 
     def __init__(self, job: SftJob) -> None:
         self.job = job

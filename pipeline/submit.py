@@ -1,6 +1,6 @@
 """Sends a recipe to a Ray cluster as a Ray Job, follows its log and gives back the exit code of `drover run` there.
 
-Called by `drover submit`. Beside `pipeline/cluster.py` the only file that imports ray, and only its job client.
+Called by `drover submit`. Beside `pipeline/cluster` the only file that imports ray, and only its job client.
 
 What travels is a small explicit package: our sources, the resolved recipe, and the checkpoints and data files that it
 names by a relative path. Absolute paths and hub ids stay as they are: they must mean the same on the cluster. `python`

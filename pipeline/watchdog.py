@@ -1,6 +1,6 @@
 """Sees to it that a private Ray and everything below it ends with the run, however the run ends.
 
-`pipeline/cluster.py` starts this file as a process of its own and tags every process of its cluster through an
+`pipeline/cluster` starts this file as a process of its own and tags every process of its cluster through an
 environment variable, which all descendants inherit. When the run goes away (or closes our stdin), whatever still wears
 the tag is killed and its folders are removed. Only the standard library: it must start in milliseconds.
 

@@ -1,6 +1,6 @@
 """One vLLM engine: token ids in, token ids and log-probabilities out, weights exchanged while it runs.
 
-A plain class; `pipeline/cluster.py` puts it into a process of its own. Promises: log-probabilities are those of the
+A plain class; `pipeline/cluster` puts it into a process of its own. Promises: log-probabilities are those of the
 distribution that was sampled from (at the sampling temperature, never cut by top-p or top-k); every token carries the
 version of the weights that produced it; a refused weight update changes nothing. On CUDA the same class runs vLLM as it
 comes (not measured); on a CPU it starts the engine the cheap way, see `_engine_context`.

@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -37,13 +37,14 @@ from rewards.task import Score, Task, Ungraded
 from rl import controller as protocol
 from rl.clocks import IdleClock, Timings
 from rl.curriculum import Curriculum
-from rl.gates import Outcome, Verdict, has_signal
-from rl.health import Finding, HealthMonitor, is_looping
+from rl.gates import Outcome, Verdict
+from rl.health import Finding, HealthMonitor
 from rl.losses import Advantage, group_advantages, overlong_penalty
 from rl.places import Part, Place
 from rl.renewal import NewTask
 from rl.replay import Replayable, to_replay
 from rl.run_state import LEARNER, RunState, RunStates
+from rl.step_metrics import answer_metrics, outcomes_of
 from rl.types import (
     Generator,
     GeneratorGone,
@@ -352,7 +353,7 @@ class AsyncLoop:
             self.on_event("first_step")
         if self.settings.replay_steps:
             self.replayable = [*again, *(Replayable(step=step, group=one) for one in fresh if trained[one.group_id])]
-        outcomes = [one for slot, place in zip(slots, places) for one in _outcomes(slot, place, trained)]
+        outcomes = [one for slot, place in zip(slots, places) for one in outcomes_of(slot, place, trained)]
         planned = [choice for place in places for choice in place.choices]
         for change in self.curriculum.learn(step + 1, outcomes, planned):
             self.on_event("task_state", step=step + 1, **asdict(change))
@@ -408,51 +409,24 @@ class AsyncLoop:
         seconds = now - self.timings.last_step_end
         kept = [place.group for place in places if place.group]
         discarded = [group for place in places for group in place.discarded]
-        groups = kept + discarded
-        rollouts = [rollout for group in groups for rollout in group.rollouts]
-        scores = [rollout.score for rollout in rollouts if rollout.score is not None]
-        without = sum(not one.trained_tokens for one in outcomes if one.kept)
-        without += sum(not has_signal([self._shaped(rollout) for rollout in group.rollouts]) for group in discarded)
-        levels: dict[str, list[int]] = {}
-        for group in groups:
-            levels.setdefault(group.task.domain, []).append(group.task.level)
-        trained: Counter[str] = Counter()
-        for group, outcome in zip(kept, (one for one in outcomes if one.kept), strict=True):
-            trained[group.task.domain] += outcome.trained_tokens
-        metrics: dict[str, Any] = report.metrics | {
+        metrics: dict[str, Any] = report.metrics | answer_metrics(kept, discarded, outcomes, self._shaped) | {
             "step": step + 1,
             "version": report.version,
             "time": time.time(),
-            "reward_mean": sum(scores) / len(scores),
-            "pass_rate": sum(score >= 1.0 for score in scores) / len(scores),
             "staleness_counts": report.extras["staleness_counts"],
-            "answer_tokens_mean": sum(len(r.answer.token_ids) for r in rollouts) / len(rollouts),
-            "truncated_share": sum(r.answer.finish_reason == "length" for r in rollouts) / len(rollouts),
-            "ungraded": len(rollouts) - len(scores),
-            "zero_signal_groups": without,
-            "signal_share": 1 - without / len(groups),
-            "repetition_share": sum(is_looping(r.answer.token_ids) for r in rollouts) / len(rollouts),
             "weights_moved": self.published[step + 1].digest != self.published[step].digest,
             "loop_lag_s": self.timings.loop_lag_s,
-            "groups": len(groups),
-            "groups_discarded": len(discarded),
             "groups_replayed": num_replayed,
-            "groups_begun": sum(bool(one.choice.prefix) for one in outcomes),
-            "reused_tokens": sum(len(one.choice.prefix) * one.answers for one in outcomes),
             "empty_slots": len(places) - len(kept),
-            "answers_per_group": len(rollouts) / len(groups),
             "groups_lost": dict(self.controller.lost),
             "late_answers": sum(self.controller.late.values()),
             "generated_tokens": self.generated_tokens,
-            "discarded_tokens": sum(outcome.tokens for outcome in outcomes if not outcome.kept),
             "trained_tokens": self.trained_tokens,
-            "trained_tokens_by_domain": dict(trained),
             "step_s": seconds,
             "learner_wait_share": waited / seconds,
             "generator_wait_share": sum(clock.taken() for clock in self.idle) / (seconds * len(self.idle)),
             "sync_ms": self.timings.sync_ms,
             "tokens_per_s": self.timings.generated_tokens / seconds,
-            "levels": {domain: sum(values) / len(values) for domain, values in levels.items()},
         }  # fmt: skip
         metrics |= self.curriculum.metrics()
         self.timings.generated_tokens, self.timings.last_step_end, self.timings.loop_lag_s = 0, now, 0.0
@@ -522,20 +496,6 @@ class AsyncLoop:
         path = self._path(version)
         if os.path.exists(path):
             os.unlink(path)
-
-
-def _outcomes(slot: int, place: Place, trained: Mapping[str, int]) -> Iterator[Outcome]:
-    """What became of the tasks that the slot came to, in turn. `trained`: tokens of each group that was."""
-    for turn, (choice, group) in enumerate(place.outcomes()):
-        scores = [rollout.score for rollout in group.rollouts if rollout.score is not None]
-        right = [rollout.answer.token_ids for rollout in group.rollouts if (rollout.score or 0.0) >= 1.0]
-        yield Outcome(
-            slot=slot, turn=turn, choice=choice, passes=sum(score >= 1.0 for score in scores), total=len(scores),
-            version=group.leased_at_version, answers=len(group.rollouts),
-            tokens=sum(len(rollout.answer.token_ids) for rollout in group.rollouts),
-            trained_tokens=trained.get(group.group_id, 0), kept=group is place.group,
-            right=(*choice.prefix, *min(right, key=len)) if right else (),
-        )  # fmt: skip
 
 
 def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:

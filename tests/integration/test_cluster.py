@@ -16,7 +16,8 @@ import pytest
 from vllm_checkpoints import save_dense, save_llama4
 
 from pipeline import watchdog
-from pipeline.cluster import Cluster, _memory_root, _tag_prefix
+from pipeline.cluster import Cluster
+from pipeline.cluster.ray_process import memory_root, tag_prefix
 from pipeline.config import ClusterSettings
 from pipeline.stage import DataError, InfrastructureError
 from rl.types import EngineSettings, SampleRequest
@@ -73,8 +74,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, events: list[dict[str, Any
     begin = time.monotonic()
     cluster.shutdown()
     assert time.monotonic() - begin < 10
-    assert not watchdog.tags_by_pid(_tag_prefix(cluster.run_dir))
-    assert not list(_memory_root().glob(f"{_tag_prefix(cluster.run_dir)}.*"))
+    assert not watchdog.tags_by_pid(tag_prefix(cluster.run_dir))
+    assert not list(memory_root().glob(f"{tag_prefix(cluster.run_dir)}.*"))
 
 
 def test_actor_is_another_process_with_its_threads_environment_and_log(
@@ -256,20 +257,20 @@ def run_process(
 def left_after(run_dir: Path, deadline_s: float) -> list[int]:
     """Processes of the run that are still there when the deadline passes; returns as soon as there is none."""
     end = time.monotonic() + deadline_s
-    while (left := sorted(watchdog.tags_by_pid(_tag_prefix(run_dir)))) and time.monotonic() < end:
+    while (left := sorted(watchdog.tags_by_pid(tag_prefix(run_dir)))) and time.monotonic() < end:
         time.sleep(0.1)
     return left
 
 
 def test_killed_run_leaves_no_process_no_folder_and_nothing_in_the_home_directory(tmp_path: Path) -> None:
     run = run_process(tmp_path, checkpoint=save_dense(tmp_path / "dense", 0))
-    assert len(watchdog.tags_by_pid(_tag_prefix(tmp_path / "run"))) > 8  # Ray's, the actors', the engine core's
+    assert len(watchdog.tags_by_pid(tag_prefix(tmp_path / "run"))) > 8  # Ray's, the actors', the engine core's
     run.kill()
     run.communicate()
     assert left_after(tmp_path / "run", 10) == []
     time.sleep(0.5)  # the watchdog removes folders last
-    prefix = _tag_prefix(tmp_path / "run")
-    assert not list(_memory_root().glob(f"{prefix}*")) and not list(Path("/tmp").glob(f"{prefix}*"))
+    prefix = tag_prefix(tmp_path / "run")
+    assert not list(memory_root().glob(f"{prefix}*")) and not list(Path("/tmp").glob(f"{prefix}*"))
     assert not (tmp_path / "home" / ".ray").exists()
 
 

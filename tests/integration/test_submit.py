@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cluster import AUTH_TOKEN
+from pipeline.cluster.ray_process import AUTH_TOKEN
 from pipeline.stage import InfrastructureError
 from pipeline.submit import job_client, run_job, submit, write_package
 
