@@ -45,9 +45,9 @@ TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0, "domain_turns": "by_size"}
 FULL: dict[str, Any] = {
     "groups_per_step": 4,
-    "group_size": 16,
+    "group_size": 8,
     "learning_rate": 5.0e-4,
-    "max_staleness": 2,
+    "max_staleness": 0,
     "updates_per_step": 2,
     "last_rate_share": 0.2,
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
@@ -61,8 +61,9 @@ LEVERS: dict[str, dict[str, Any]] = {
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
     "second_update": {"updates_per_step": 1},
     "decline": {"last_rate_share": 1.0},
-    "small_batches": {"groups_per_step": 16, "learning_rate": 1.0e-3},
-    "asynchrony": {"max_staleness": 0},
+    "small_groups": {"group_size": 16},
+    "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3},
+    "fresh_answers": {"max_staleness": 2},
 }
 
 
