@@ -39,7 +39,7 @@ STOP_AT = 1.25  # times the longest right answer of a level: an answer that goes
 SHARED = {
     "dead": {"groups_per_step": 16, "group_size": 16, "learning_rate": 3.0e-4},
     "filtered": {"groups_per_step": 4, "group_size": 16, "learning_rate": 5.0e-4},
-    "gym": {"groups_per_step": 4, "group_size": 16, "learning_rate": 5.0e-4},
+    "gym": {"groups_per_step": 4, "group_size": 16, "learning_rate": 2.0e-4},
 }
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0, "domain_turns": "by_size"}
