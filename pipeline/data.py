@@ -266,23 +266,20 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def write_jsonl(path: Path, records: Iterable[Record]) -> None:
-    """One JSON object a line, gzipped where the name ends in .gz."""
-    with _open(path, "wt") as file:
-        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    """One JSON object a line, gzipped where the name ends in .gz. The same records are the same bytes, whenever they
+    are written: a stage that reads them is then the same stage."""
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(lines, mtime=0) if path.name.endswith(".gz") else lines)
 
 
 def read_jsonl(path: Path) -> list[Record]:
     """The records of a .jsonl or .jsonl.gz file; blank lines are skipped. Raises DataError naming file and line."""
     try:
-        with _open(path, "rt") as file:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             lines = enumerate(file, start=1)
             return [_parse_json(line, f"{path}, line {number}") for number, line in lines if line.strip()]
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
-
-
-def _open(path: Path, mode: str) -> Any:
-    return gzip.open(path, mode, encoding="utf-8") if path.name.endswith(".gz") else open(path, mode, encoding="utf-8")
 
 
 def _parse_json(text: str, where: str) -> Any:

@@ -123,6 +123,17 @@ def test_a_stage_reads_the_examples_that_another_wrote_with_their_levels_and_ver
     assert {task.level for task in load_tasks(source, seed=0)} == set(range(1, 11))
 
 
+def test_the_same_examples_are_the_same_bytes_whenever_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = load_examples(GeneratedTasks(domains=["maths"], tasks_per_level=1), ExampleMix(), seed=0)
+    for name, now in (("one", 1.0e9), ("two", 2.0e9)):
+        monkeypatch.setattr("time.time", lambda now=now: now)
+        write_examples(tmp_path / f"{name}.jsonl.gz", examples)
+    one, two = ((tmp_path / f"{name}.jsonl.gz").read_bytes() for name in ("one", "two"))
+    assert one == two and one[:2] == b"\x1f\x8b"
+
+
 # --- what is wrong with data --------------------------------------------------------------------------------------
 
 
