@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.deadline import HUB_DEADLINE_S, call_within
-from model.disk import naming
+from model.disk import cache_dir, naming
 from model.tensor_map import LLAMA4_TEXT, DiskFormat, format_of
 
 if TYPE_CHECKING:
@@ -41,11 +40,6 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_te
 
 class CheckpointNotFound(Exception):
     """A reference names no checkpoint; the message says what was looked for and what would be accepted."""
-
-
-def cache_dir() -> Path:
-    """Where converted and downloaded checkpoints are kept: $DROVER_CACHE, or ~/.cache/drover."""
-    return Path(os.environ.get("DROVER_CACHE") or Path.home() / ".cache" / "drover")
 
 
 def resolve(reference: str) -> Path:

@@ -1,4 +1,4 @@
-"""Writing what must not be lost, and errors of the disk that name their file.
+"""Writing what must not be lost, errors of the disk that name their file, and where to keep what can be made again.
 
 Called by whoever writes a checkpoint, published weights, or the state of a run.
 """
@@ -13,6 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors and tokenizers tell of one
+
+
+def cache_dir() -> Path:
+    """Where converted checkpoints and compiled kernels are kept: $DROVER_CACHE, or ~/.cache/drover."""
+    return Path(os.environ.get("DROVER_CACHE") or Path.home() / ".cache" / "drover")
 
 
 @contextmanager

@@ -5,22 +5,26 @@
 
     forward  out[r] = x[r] · w[e]        dgrad  dx[r] = dy[r] · w[e]ᵀ        wgrad  dw[e] = x_eᵀ · dy_e
 
-On a CPU each is a loop of `torch.mm` into slices of one output: `torch.nn.functional.grouped_mm` does the same, but
-allocates every expert's part and copies it, which costs most where experts are many. In fp32 a wide weight is
-multiplied, and its gradient made, in slices of rows: MKL packs a matrix before it multiplies, and one not in the
-cache yet is packed faster in slices (docs/log.md has the figures). On CUDA it is torch's function, from compute
-capability 9.0 on (not measured on a GPU).
+On a CPU experts with few rows, in fp32, go through `grouped_gemm.cpp`, which fetches the next weights while it
+multiplies; all others, and all where there is no C++ compiler, through a loop of `torch.mm` into slices of one output.
+(`torch.nn.functional.grouped_mm` does the same, but allocates every expert's part and copies it.) There the gradient
+of a wide weight is made in slices of rows, which MKL packs faster. docs/log.md has the figures. On CUDA it is torch's
+function, from compute capability 9.0 on (not measured on a GPU).
 
 Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width, k rows of a slice.
 """
 
 from __future__ import annotations
 
+import ctypes
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from model.kernels.compiled import compiled
 
 # device type → (dtypes of operands, lowest CUDA compute capability)
 SUPPORTED: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int] | None]] = {
@@ -28,10 +32,9 @@ SUPPORTED: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int] | None]] = {
     "cuda": ((torch.bfloat16,), (9, 0)),
 }
 
-WIDE = 512  # columns from which an fp32 weight is cut; a slice of fewer is too small to pay for a call
-FORWARD_SLICE = 64  # rows; only for an expert with fewer than FEW_ROWS tokens: with more, packing is a small part
-FEW_ROWS = 128
-GRADIENT_SLICE = 128
+FEW_ROWS = 128  # an expert, on average: with more, a library's product is as fast
+WIDE = 512  # columns from which an fp32 gradient is cut; a slice of fewer is too small to pay for a call
+GRADIENT_SLICE = 128  # rows
 
 
 def grouped_mm(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -78,24 +81,24 @@ class _GroupedMm(torch.autograd.Function):
 def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     if x_RK.device.type != "cpu":
         return F.grouped_mm(x_RK, w_EKN, offs=ends_E)
-    sizes = _sizes(ends_E)
     out_RN = x_RK.new_empty(len(x_RK), w_EKN.shape[2])
+    if library := _library_for_few_rows(x_RK, w_EKN):
+        _call(library.grouped_forward, x_RK, w_EKN, out_RN, ends_E, w_EKN.shape)
+        return out_RN
+    sizes = _sizes(ends_E)
     for x_MK, w_KN, out_MN in zip(x_RK.split(sizes), w_EKN, out_RN.split(sizes)):
-        if len(x_MK) >= FEW_ROWS or not _worth_slicing(w_KN):
-            torch.mm(x_MK, w_KN, out=out_MN)
-            continue
-        first, *others = zip(x_MK.split(FORWARD_SLICE, dim=1), w_KN.split(FORWARD_SLICE))
-        torch.mm(*first, out=out_MN)
-        for x_Mk, w_kN in others:
-            out_MN.addmm_(x_Mk, w_kN)
+        torch.mm(x_MK, w_KN, out=out_MN)
     return out_RN
 
 
 def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     if dy_RN.device.type != "cpu":
         return F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E)
-    sizes = _sizes(ends_E)
     dx_RK = dy_RN.new_empty(len(dy_RN), w_EKN.shape[1])
+    if library := _library_for_few_rows(dy_RN, w_EKN):
+        _call(library.grouped_dgrad, dy_RN, w_EKN, dx_RK, ends_E, w_EKN.shape)
+        return dx_RK
+    sizes = _sizes(ends_E)
     for dy_MN, w_KN, dx_MK in zip(dy_RN.split(sizes), w_EKN, dx_RK.split(sizes)):
         torch.mm(dy_MN, w_KN.T, out=dx_MK)
     return dx_RK
@@ -104,20 +107,33 @@ def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> to
 def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
     if x_RK.device.type != "cpu":
         return F.grouped_mm(x_RK.T, dy_RN, offs=ends_E)
+    dw_EKN = x_RK.new_empty(len(ends_E), x_RK.shape[1], dy_RN.shape[1])
+    if library := _library_for_few_rows(x_RK, dw_EKN):
+        _call(library.grouped_wgrad, x_RK, dy_RN, dw_EKN, ends_E, dw_EKN.shape)
+        return dw_EKN
     sizes = _sizes(ends_E)
-    dw_EKN = x_RK.new_empty(len(sizes), x_RK.shape[1], dy_RN.shape[1])
     # oneDNN (16 bits) reads a transposed matrix slowly: where it is the smaller one, a copy pays.
     straighten = x_RK.dtype != torch.float32 and x_RK.shape[1] < dy_RN.shape[1]
     for x_MK, dy_MN, dw_KN in zip(x_RK.split(sizes), dy_RN.split(sizes), dw_EKN):
         x_KM = x_MK.T.contiguous() if straighten else x_MK.T
-        slice_rows = GRADIENT_SLICE if _worth_slicing(dw_KN) else len(dw_KN)
+        cut = dw_KN.dtype == torch.float32 and dw_KN.shape[1] >= WIDE
+        slice_rows = GRADIENT_SLICE if cut else len(dw_KN)
         for x_kM, dw_kN in zip(x_KM.split(slice_rows), dw_KN.split(slice_rows)):
             torch.mm(x_kM, dy_MN, out=dw_kN)  # zeros where there is no row
     return dw_EKN
 
 
-def _worth_slicing(w_KN: torch.Tensor) -> bool:
-    return w_KN.dtype == torch.float32 and w_KN.shape[1] >= WIDE
+def _library_for_few_rows(rows_RX: torch.Tensor, w_EKN: torch.Tensor) -> ctypes.CDLL | None:
+    few = rows_RX.dtype == torch.float32 and len(rows_RX) < FEW_ROWS * len(w_EKN)
+    return compiled(Path(__file__).with_suffix(".cpp")) if few else None
+
+
+def _call(
+    function: Any, a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, ends_E: torch.Tensor, shape_EKN: torch.Size
+) -> None:
+    a, b, ends_E = a.contiguous(), b.contiguous(), ends_E.contiguous()
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, out, ends_E))
+    function(*pointers, *map(ctypes.c_int64, shape_EKN), torch.get_num_threads())
 
 
 def _sizes(ends_E: torch.Tensor) -> list[int]:

@@ -1,0 +1,102 @@
+"""The compiled products: against a loop, whatever the shapes and the width of a register; same rows, same bits."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.kernels import grouped_gemm
+from model.kernels.compiled import compiled
+from model.kernels.reference import grouped_mm_loop, grouped_wgrad_loop
+
+SOURCE = Path(grouped_gemm.__file__).with_suffix(".cpp")
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ on this machine")
+
+# rows of each expert, K, N: nothing, less, and more than a tile, a vector, a block
+SHAPES = (
+    ([3, 0, 20, 67], 37, 50),
+    ([8, 16, 32], 8, 16),
+    ([1, 6], 1, 1),
+    ([40, 0], 130, 33),
+    ([300, 2], 12, 96),
+)
+
+
+@pytest.fixture(scope="session", params=["this machine's", 4, 16])
+def library(request, tmp_path_factory) -> ctypes.CDLL:
+    """Of any width a machine's registers may have; unoptimised, what is wider here takes minutes to compile."""
+    if request.param == "this machine's":
+        made = compiled(SOURCE)
+        assert made is not None
+        return made
+    made = tmp_path_factory.mktemp("kernels") / f"of_{request.param}.so"
+    flags = [
+        "-O0",
+        "-std=c++17",
+        "-Wno-psabi",
+        "-shared",
+        "-fPIC",
+        "-pthread",
+        f"-DFLOATS_IN_A_REGISTER={request.param}",
+    ]
+    subprocess.run(["g++", *flags, str(SOURCE), "-o", str(made)], check=True)
+    return ctypes.CDLL(str(made))
+
+
+def operands(sizes: list[int], k: int, n: int) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    ends_E = torch.tensor(sizes).cumsum(0).to(torch.int32)
+    return torch.randn(sum(sizes), k), torch.randn(len(sizes), k, n), torch.randn(sum(sizes), n), ends_E
+
+
+def products(library: ctypes.CDLL, x_RK, w_EKN, dy_RN, ends_E, threads: int = 1) -> tuple[torch.Tensor, ...]:
+    """out, dx, dw; memory full of NaN before, so that what is not written is seen."""
+    out_RN, dx_RK, dw_EKN = (torch.full_like(tensor, torch.nan) for tensor in (dy_RN, x_RK, w_EKN))
+    calls = (
+        (library.grouped_forward, x_RK, w_EKN, out_RN),
+        (library.grouped_dgrad, dy_RN, w_EKN, dx_RK),
+        (library.grouped_wgrad, x_RK, dy_RN, dw_EKN),
+    )
+    for function, a, b, to in calls:
+        pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (a, b, to, ends_E))
+        function(*pointers, *map(ctypes.c_int64, w_EKN.shape), threads)
+    return out_RN, dx_RK, dw_EKN
+
+
+@pytest.mark.parametrize("sizes, k, n", SHAPES)
+def test_equal_to_a_loop_over_experts(library, sizes, k, n):
+    x_RK, w_EKN, dy_RN, ends_E = operands(sizes, k, n)
+    out_RN, dx_RK, dw_EKN = products(library, x_RK, w_EKN, dy_RN, ends_E)
+    tolerances = {"atol": 1e-4, "rtol": 1e-4}
+    torch.testing.assert_close(out_RN, grouped_mm_loop(x_RK, w_EKN, ends_E), **tolerances)
+    torch.testing.assert_close(dx_RK, grouped_mm_loop(dy_RN, w_EKN.transpose(1, 2), ends_E), **tolerances)
+    torch.testing.assert_close(dw_EKN, grouped_wgrad_loop(x_RK, dy_RN, ends_E), **tolerances)
+    assert all(not dw_EKN[e].any() for e, rows in enumerate(sizes) if not rows)
+
+
+def test_a_row_has_the_same_bits_whatever_is_beside_it_and_for_any_number_of_threads(library):
+    x_RK, w_EKN, dy_RN, ends_E = operands([29, 5, 11], 70, 45)
+    out_RN, dx_RK, dw_EKN = products(library, x_RK, w_EKN, dy_RN, ends_E)
+    for together, threaded in zip((out_RN, dx_RK, dw_EKN), products(library, x_RK, w_EKN, dy_RN, ends_E, 3)):
+        assert torch.equal(together, threaded)
+    for row in (0, 7, 28):  # all of expert 0
+        alone = products(library, x_RK[row : row + 1], w_EKN[:1], dy_RN[row : row + 1], torch.tensor([1]).int())
+        assert torch.equal(alone[0][0], out_RN[row])
+        assert torch.equal(alone[1][0], dx_RK[row])
+
+
+@pytest.mark.parametrize(
+    "rows, dtype, expected", [(255, torch.float32, 3), (256, torch.float32, 0), (9, torch.bfloat16, 0)]
+)
+def test_few_rows_in_fp32_go_through_it_and_nothing_else(monkeypatch, rows, dtype, expected):
+    calls = []
+    real = grouped_gemm._call
+    monkeypatch.setattr(grouped_gemm, "_call", lambda *args: (calls.append(args[0].__name__), real(*args)))
+    x_RK = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
+    w_EKN = torch.randn(2, 8, 16, dtype=dtype, requires_grad=True)
+    grouped_gemm.grouped_mm(x_RK, w_EKN, torch.tensor([3, rows], dtype=torch.int32)).sum().backward()
+    assert len(calls) == expected
+    assert sorted(calls) == sorted(f"grouped_{name}" for name in ("forward", "dgrad", "wgrad"))[:expected]
