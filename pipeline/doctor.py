@@ -155,6 +155,19 @@ def check_cpu(cpuinfo: str | None = None, machine: str | None = None) -> Iterato
         yield Finding("machine", "instruction sets", "ok", words)
 
 
+def check_compiler() -> Iterator[Finding]:
+    from model.kernels.compiled import COMPILERS, find_compiler
+
+    name, compiler = "C++ compiler", find_compiler()
+    if compiler:
+        yield Finding("machine", name, "ok", f"{compiler}: compiles the experts' products for this CPU")
+    else:
+        advice = (
+            f"experts with few tokens are slower on a CPU: install one of {', '.join(COMPILERS)}, or name it by CXX"
+        )
+        yield Finding("machine", name, "warn", "none", advice)
+
+
 def check_memory_and_disk() -> Iterator[Finding]:
     available = _available_memory()
     if available is not None:
@@ -250,6 +263,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_packages,
     check_model,
     check_cpu,
+    check_compiler,
     check_memory_and_disk,
     check_accelerators,
     check_loopback,

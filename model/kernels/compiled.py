@@ -33,7 +33,7 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     """The library of one C++ file; None, and a line in the log, where it cannot be made."""
     if os.environ.get("DROVER_COMPILED") == "0":
         return None
-    compiler = next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), *COMPILERS])), None)
+    compiler = find_compiler()
     if compiler is None:
         log.info("no C++ compiler (CXX, %s): %s is not used, torch does its work", ", ".join(COMPILERS), source.name)
         return None
@@ -46,6 +46,10 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         said = getattr(refusal, "stderr", None) or str(refusal)
         log.warning("%s could not be compiled by %s, torch does its work: %s", source.name, compiler, said.strip())
         return None
+
+
+def find_compiler() -> str | None:
+    return next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), *COMPILERS])), None)
 
 
 def _digest(source: Path, compiler: str) -> str:

@@ -5,8 +5,8 @@
 // A product of M rows does 2·M operations on each of its weights. With few rows it waits for memory, unless weights are
 // read in the order in which they lie there, once, and while others are multiplied; a library packs a matrix first.
 //
-// All three are made of one `tile`: ROWS × COLUMNS sums that stay in registers over a whole contraction. Its right side
-// is packed: COLUMNS floats for each step of the contraction, side by side.
+// All three are made of one `tile`: ROWS × COLUMNS sums that stay in registers for all steps of a contraction. Its right
+// side is packed: COLUMNS floats for each step, side by side.
 //
 //            left side                right side                            result
 //   forward  x, as it lies            w, packed by the first tile of many    out, a block of DEPTH rows of w after another
@@ -38,12 +38,12 @@ constexpr int LANES = 8;
 #else
 constexpr int LANES = 4;
 #endif
-constexpr int COLUMNS = 2 * LANES;              // two vectors; one where no more columns are left
-constexpr int ROWS = LANES == 16 ? 12 : 6;      // its sums, the two vectors and a broadcast fill the registers
-constexpr int ROWS_OF_ONE = 2 * ROWS;           // of a tile of one vector
-constexpr int64_t DEPTH = 64;                   // rows of w that forward multiplies before the rows after them
-constexpr int64_t MOST_ROWS = 256;              // that dgrad turns at a time: they stay in the cache
-constexpr int LINE = 64 / sizeof(float);        // of the cache
+constexpr int COLUMNS = 2 * LANES;  // two vectors; one where no more columns are left
+constexpr int ROWS = LANES == 16 ? 12 : 6;  // its sums, the two vectors and a broadcast fill the registers
+constexpr int ROWS_OF_ONE = 2 * ROWS;       // of a tile of one vector
+constexpr int64_t DEPTH = 64;       // rows of w that forward multiplies before the rows after them
+constexpr int64_t MOST_ROWS = 256;  // that dgrad turns at a time: they stay in the cache
+constexpr int LINE = 64 / sizeof(float);  // of the cache
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
@@ -53,26 +53,27 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 ALWAYS_INLINE inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 ALWAYS_INLINE inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
-enum class Left { AS_IT_LIES, PACKED };   // element (i, k) at left[i · left_stride + k], or at left[k · ROWS + i]
+enum class Left { AS_IT_LIES, PACKED };     // element (i, k) at left[i · left_stride + k], or at left[k · ROWS + i]
 enum class Right { PACKED, TO_BE_PACKED };  // step k at right[k · its columns], or at right[k · right_stride]
 
 struct Operands {
-    int64_t depth;  // steps of the contraction
-    const float* left;
-    int64_t left_stride;
-    const float* right;
-    int64_t right_stride;
-    float* packed;  // where a right side goes that is to be packed
-    float* result;
-    int64_t result_stride;
-    int columns;  // of the result; the right side has zeros, or what nobody reads, behind them
-    bool add;     // to what is there
-    const float* ahead;  // memory to fetch meanwhile, COLUMNS floats at each of the first steps
-    int64_t ahead_steps;
+    int64_t depth = 0;  // steps of the contraction
+    const float* left = nullptr;
+    int64_t left_stride = 0;
+    const float* right = nullptr;
+    int64_t right_stride = 0;
+    float* packed = nullptr;  // where a right side goes that is to be packed
+    float* result = nullptr;
+    int64_t result_stride = 0;
+    int columns = 0;               // of the result; the right side may have more, which nobody reads
+    bool add = false;              // to what is there
+    const float* ahead = nullptr;  // memory to fetch meanwhile, COLUMNS floats at each of the first steps
+    int64_t ahead_steps = 0;
 };
 
 template <int TILE_ROWS, int VECTORS, Left LEFT, Right RIGHT>
 void tile(const Operands& of) {
+    constexpr bool WRITTEN_NEXT = LEFT == Left::PACKED;  // wgrad fetches what it will write
     Vector sums[TILE_ROWS][VECTORS] = {};
     const float *left = of.left, *right = of.right;
     const int64_t left_stride = of.left_stride, depth = of.depth;
@@ -92,7 +93,7 @@ void tile(const Operands& of) {
     int64_t k = 0;
     const float* ahead = of.ahead;
     for (const int64_t fetched = std::min(of.ahead_steps, depth); k < fetched; k++, ahead += COLUMNS) {
-        UNROLL for (int line = 0; line < COLUMNS; line += LINE) __builtin_prefetch(ahead + line, 0, 2);
+        UNROLL for (int line = 0; line < COLUMNS; line += LINE) __builtin_prefetch(ahead + line, WRITTEN_NEXT, 2);
         step(k);
     }
     for (; k < depth; k++) step(k);
@@ -204,16 +205,19 @@ void forward(const float* x, const float* w, float* out, int64_t M, int64_t K, i
             if (columns < COLUMNS) pack(w + k * N + n, N, depth, columns, packed);
             for (int64_t t = 0; t < row_tiles; t++, tile_index++) {
                 const int64_t m = t * M / row_tiles, fetched = tile_index * steps_ahead / tiles;
-                const Operands operands{
-                    depth, x + m * K + k, K, packed, 0, nullptr, out + m * N + n, N, columns, k > 0,
-                    w + (k + depth) * N + fetched * COLUMNS, (tile_index + 1) * steps_ahead / tiles - fetched};
                 const int rows = (t + 1) * M / row_tiles - m;
+                Operands of;
+                of.depth = depth;
+                of.left = x + m * K + k, of.left_stride = K;
+                of.result = out + m * N + n, of.result_stride = N, of.columns = columns, of.add = k > 0;
+                of.ahead = w + (k + depth) * N + fetched * COLUMNS;
+                of.ahead_steps = (tile_index + 1) * steps_ahead / tiles - fetched;
                 if (t == 0 && columns == COLUMNS) {
-                    Operands first = operands;
-                    first.right = w + k * N + n, first.right_stride = N, first.packed = packed;
-                    tile_of<2, Left::AS_IT_LIES, Right::TO_BE_PACKED>(rows, first);
+                    of.right = w + k * N + n, of.right_stride = N, of.packed = packed;
+                    tile_of<2, Left::AS_IT_LIES, Right::TO_BE_PACKED>(rows, of);
                 } else {
-                    tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, operands);
+                    of.right = packed;
+                    tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, of);
                 }
             }
         }
@@ -221,7 +225,7 @@ void forward(const float* x, const float* w, float* out, int64_t M, int64_t K, i
 }
 
 // dx[M, K] = dy[M, N] · w[K, N]ᵀ, for up to MOST_ROWS rows: as dxᵀ = w · dyᵀ.
-void dgrad(const float* dy, const float* w, float* dx, int64_t M, int64_t K, int64_t N) {
+void dgrad(const float* dy, const float* w, float* dx, int64_t M, int64_t K, int64_t N, bool more) {
     float* panels = packed_right.floats(parts(M, COLUMNS) * COLUMNS * N);
     float* turned = turned_result.floats(ROWS_OF_ONE * COLUMNS * parts(M, COLUMNS) * parts(K, ROWS_OF_ONE));
     const auto width_from = [&](int64_t m) -> int64_t { return M - m > LANES ? COLUMNS : LANES; };
@@ -234,13 +238,18 @@ void dgrad(const float* dy, const float* w, float* dx, int64_t M, int64_t K, int
             const int width = width_from(m), most_rows = width == COLUMNS ? ROWS : ROWS_OF_ONE;
             const int64_t end = std::min<int64_t>(K, block + ROWS_OF_ONE);
             for (int64_t k = block; k < end; k += most_rows) {
-                const Operands operands{N,       w + k * N, N, panels + m * N, 0, nullptr, turned + m * K + k * COLUMNS,
-                                        COLUMNS, width,     false, nullptr, 0};
                 const int rows = std::min<int64_t>(most_rows, end - k);
+                Operands of;
+                of.depth = N;
+                of.left = w + k * N, of.left_stride = N;
+                of.right = panels + m * N;
+                of.result = turned + m * K + k * COLUMNS, of.result_stride = COLUMNS, of.columns = width;
+                if (m == 0 && (more || k + ROWS_OF_ONE + rows <= K))
+                    of.ahead = w + (k + ROWS_OF_ONE) * N, of.ahead_steps = rows * N / COLUMNS;
                 if (width == COLUMNS)
-                    tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, operands);
+                    tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, of);
                 else
-                    tile_of<1, Left::AS_IT_LIES, Right::PACKED>(rows, operands);
+                    tile_of<1, Left::AS_IT_LIES, Right::PACKED>(rows, of);
             }
         }
     for (int64_t m = 0; m < M; m += COLUMNS) {
@@ -262,8 +271,13 @@ void wgrad(const float* x, const float* dy, float* dw, int64_t M, int64_t K, int
         for (int64_t m = 0; m < M; m++) std::copy_n(x + m * K + k, rows, left + m * ROWS);
         for (int64_t n = 0; n < N; n += COLUMNS) {
             const int columns = std::min<int64_t>(COLUMNS, N - n);
-            tile_of<2, Left::PACKED, Right::PACKED>(
-                rows, {M, left, 0, panels + n * M, 0, nullptr, dw + k * N + n, N, columns, false, nullptr, 0});
+            Operands of;
+            of.depth = M;
+            of.left = left;
+            of.right = panels + n * M;
+            of.result = dw + k * N + n, of.result_stride = N, of.columns = columns;
+            if (k + 2 * ROWS <= K) of.ahead = dw + (k + ROWS) * N + n * ROWS, of.ahead_steps = ROWS;
+            tile_of<2, Left::PACKED, Right::PACKED>(rows, of);
         }
     }
 }
@@ -299,7 +313,7 @@ void grouped_dgrad(const float* dy, const float* w, float* dx, const int32_t* en
                    int threads) {
     for_each_expert(ends, E, threads, [&](int64_t e, int64_t first, int64_t M) {
         for (int64_t m = 0; m < M; m += MOST_ROWS)
-            dgrad(dy + (first + m) * N, w + e * K * N, dx + (first + m) * K, std::min(MOST_ROWS, M - m), K, N);
+            dgrad(dy + (first + m) * N, w + e * K * N, dx + (first + m) * K, std::min(MOST_ROWS, M - m), K, N, e + 1 < E);
     });
 }
 

