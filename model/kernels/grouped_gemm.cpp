@@ -40,7 +40,6 @@ constexpr int LANES = 4;
 #endif
 constexpr int COLUMNS = 2 * LANES;  // two vectors; one where no more columns are left
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // its sums, the two vectors and a broadcast fill the registers
-constexpr int ROWS_OF_ONE = 2 * ROWS;       // of a tile of one vector
 constexpr int64_t DEPTH = 64;       // rows of w that forward multiplies before the rows after them
 constexpr int64_t MOST_ROWS = 256;  // that dgrad turns at a time: they stay in the cache
 constexpr int LINE = 64 / sizeof(float);  // of the cache
@@ -90,6 +89,8 @@ void tile(const Operands& of) {
             UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] += factor * vectors[v];
         }
     };
+    if (!of.add)  // the results to the right come next
+        UNROLL for (int i = 0; i < TILE_ROWS; i++) __builtin_prefetch(of.result + i * of.result_stride + COLUMNS, 1, 3);
     int64_t k = 0;
     const float* ahead = of.ahead;
     for (const int64_t fetched = std::min(of.ahead_steps, depth); k < fetched; k++, ahead += COLUMNS) {
@@ -114,7 +115,7 @@ void tile(const Operands& of) {
 }
 
 // The tile of so many rows: their number is known to the compiler, which keeps the sums in registers.
-template <int VECTORS, Left LEFT, Right RIGHT, int TILE_ROWS = VECTORS == 1 ? ROWS_OF_ONE : ROWS>
+template <int VECTORS, Left LEFT, Right RIGHT, int TILE_ROWS = ROWS>
 ALWAYS_INLINE inline void tile_of(int rows, const Operands& operands) {
     if (rows == TILE_ROWS) return tile<TILE_ROWS, VECTORS, LEFT, RIGHT>(operands);
     if constexpr (TILE_ROWS > 1) tile_of<VECTORS, LEFT, RIGHT, TILE_ROWS - 1>(rows, operands);
@@ -227,31 +228,27 @@ void forward(const float* x, const float* w, float* out, int64_t M, int64_t K, i
 // dx[M, K] = dy[M, N] · w[K, N]ᵀ, for up to MOST_ROWS rows: as dxᵀ = w · dyᵀ.
 void dgrad(const float* dy, const float* w, float* dx, int64_t M, int64_t K, int64_t N, bool more) {
     float* panels = packed_right.floats(parts(M, COLUMNS) * COLUMNS * N);
-    float* turned = turned_result.floats(ROWS_OF_ONE * COLUMNS * parts(M, COLUMNS) * parts(K, ROWS_OF_ONE));
-    const auto width_from = [&](int64_t m) -> int64_t { return M - m > LANES ? COLUMNS : LANES; };
+    float* turned = turned_result.floats(parts(M, COLUMNS) * COLUMNS * K);
+    const auto width_from = [&](int64_t m) { return M - m > LANES ? COLUMNS : LANES; };
     for (int64_t m = 0; m < M; m += COLUMNS) {
         const int64_t width = width_from(m), rows = std::min<int64_t>(width, M - m);
         transpose(dy + m * N, N, rows, N, panels + m * N, width, width, whole(N, LANES));
     }
-    for (int64_t block = 0; block < K; block += ROWS_OF_ONE)  // its rows of w stay in the cache for all of dyᵀ
+    for (int64_t k = 0; k < K; k += ROWS) {  // these rows of w stay in the cache for all of dyᵀ
+        const int rows = std::min<int64_t>(ROWS, K - k);
         for (int64_t m = 0; m < M; m += COLUMNS) {
-            const int width = width_from(m), most_rows = width == COLUMNS ? ROWS : ROWS_OF_ONE;
-            const int64_t end = std::min<int64_t>(K, block + ROWS_OF_ONE);
-            for (int64_t k = block; k < end; k += most_rows) {
-                const int rows = std::min<int64_t>(most_rows, end - k);
-                Operands of;
-                of.depth = N;
-                of.left = w + k * N, of.left_stride = N;
-                of.right = panels + m * N;
-                of.result = turned + m * K + k * COLUMNS, of.result_stride = COLUMNS, of.columns = width;
-                if (m == 0 && (more || k + ROWS_OF_ONE + rows <= K))
-                    of.ahead = w + (k + ROWS_OF_ONE) * N, of.ahead_steps = rows * N / COLUMNS;
-                if (width == COLUMNS)
-                    tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, of);
-                else
-                    tile_of<1, Left::AS_IT_LIES, Right::PACKED>(rows, of);
-            }
+            Operands of;
+            of.depth = N;
+            of.left = w + k * N, of.left_stride = N;
+            of.right = panels + m * N;
+            of.result = turned + m * K + k * COLUMNS, of.result_stride = COLUMNS, of.columns = width_from(m);
+            if (m == 0 && (more || k + 2 * ROWS <= K)) of.ahead = w + (k + ROWS) * N, of.ahead_steps = rows * N / COLUMNS;
+            if (of.columns == COLUMNS)
+                tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, of);
+            else
+                tile_of<1, Left::AS_IT_LIES, Right::PACKED>(rows, of);
         }
+    }
     for (int64_t m = 0; m < M; m += COLUMNS) {
         const int64_t width = width_from(m), columns = std::min<int64_t>(width, M - m);
         transpose(turned + m * K, COLUMNS, K, columns, dx + m * K, K, whole(K, LANES), width);
