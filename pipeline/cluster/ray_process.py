@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pipeline import watchdog
@@ -143,18 +144,26 @@ class PrivateRay:
 
         logging.getLogger("ray").setLevel(logging.ERROR)
         with _environment(inherited):
-            ray.init(
-                address="local",  # never someone else's, whatever RAY_ADDRESS says
-                num_cpus=int(self.plan.num_cpus) + 1 + SPARE_CPUS,
-                include_dashboard=False,
-                configure_logging=False,
-                log_to_driver=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(self.temp_dir),
-                _node_ip_address="127.0.0.1",
-                # Idle workers started in advance would be in the way of the first actors.
-                _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
-            )
+            try:
+                self._start(ray)
+            except Exception:
+                # Ray gives its own processes 30 s, whatever we would; a busy machine may need more.
+                watchdog.kill_tagged(self.tag)
+                self._start(ray)
+
+    def _start(self, ray: ModuleType) -> None:
+        ray.init(
+            address="local",  # never someone else's, whatever RAY_ADDRESS says
+            num_cpus=int(self.plan.num_cpus) + 1 + SPARE_CPUS,
+            include_dashboard=False,
+            configure_logging=False,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(self.temp_dir),
+            _node_ip_address="127.0.0.1",
+            # Idle workers started in advance would be in the way of the first actors.
+            _system_config={"enable_worker_prestart": False, "prestart_worker_first_driver": False},
+        )
 
     def actor_environment(self) -> dict[str, str]:
         return {"VLLM_RPC_BASE_PATH": str(self.temp_dir)}  # its sockets are removed with the folder

@@ -219,7 +219,7 @@ from pipeline.cluster import Cluster
 from pipeline.config import ClusterSettings
 from rl.types import EngineSettings
 from test_cluster import Worker
-
+{prelude}
 cluster = Cluster(ClusterSettings(address={address!r}), Path({run_dir!r}), lambda *_, **__: None)
 try:
     actor = cluster.start("worker", Worker, 1)
@@ -235,7 +235,13 @@ WAIT = 'actor.call("hang_here", timeout_s=600)'
 
 
 def run_process(
-    tmp_path: Path, *, checkpoint: Path | None = None, address: str | None = None, wait: str = WAIT, **env: str
+    tmp_path: Path,
+    *,
+    checkpoint: Path | None = None,
+    address: str | None = None,
+    wait: str = WAIT,
+    prelude: str = "",
+    **env: str,
 ) -> subprocess.Popen[str]:
     """A driver of its own, with an empty home, up to the moment it says it is ready."""
     engine = "pass"
@@ -243,7 +249,7 @@ def run_process(
         engine = f'cluster.generators(EngineSettings(checkpoint={str(checkpoint)!r}, max_model_len=128), "x")'
     program = RUN.format(
         root=str(ROOT), here=str(Path(__file__).parent), run_dir=str(tmp_path / "run"), engine=engine, wait=wait,
-        address=address,
+        address=address, prelude=prelude,
     )  # fmt: skip
     (tmp_path / "home").mkdir(exist_ok=True)
     run = subprocess.Popen(
@@ -272,6 +278,41 @@ def test_killed_run_leaves_no_process_no_folder_and_nothing_in_the_home_director
     prefix = tag_prefix(tmp_path / "run")
     assert not list(memory_root().glob(f"{prefix}*")) and not list(Path("/tmp").glob(f"{prefix}*"))
     assert not (tmp_path / "home" / ".ray").exists()
+
+
+SLOW_START = """
+from pipeline.cluster.ray_process import PrivateRay
+
+start, starts = PrivateRay._start, []
+
+def times_out(*_):
+    raise Exception("The current node timed out during startup")
+
+def first_is_slow(self, ray):
+    services = ray._private.services
+    real = services.get_node
+    starts.append(self)
+    if len(starts) == 1:
+        services.get_node = times_out
+    try:
+        start(self, ray)
+    finally:
+        services.get_node = real
+
+PrivateRay._start = first_is_slow
+"""
+
+
+def test_ray_that_is_not_up_in_its_own_time_is_started_once_more(tmp_path: Path) -> None:
+    run = run_process(tmp_path, prelude=SLOW_START)
+    commands = [
+        Path(f"/proc/{pid}/cmdline").read_text().partition("\0")[0]
+        for pid in watchdog.tags_by_pid(tag_prefix(tmp_path / "run"))
+    ]
+    assert sum(Path(command).name == "raylet" for command in commands) == 1  # of the first start nothing is left
+    run.send_signal(signal.SIGINT)
+    run.communicate(timeout=30)
+    assert left_after(tmp_path / "run", 1) == []
 
 
 def test_ctrl_c_during_a_call_ends_the_run_within_ten_seconds(tmp_path: Path) -> None:
