@@ -43,7 +43,8 @@ def test_values_and_gradients_equal_the_plain_way(policy, temperature, slice_tok
         gradient = policy.model.layers[0].self_attn.q_proj.weight.grad.clone()
         results.append((logprobs.detach(), entropy.detach(), gradient))
     for got, wanted in zip(*results, strict=True):
-        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+        # A gradient is a sum of terms as large as its largest element: an element near 0 is as exact as that allows.
+        torch.testing.assert_close(got, wanted, atol=1e-5 * max(1.0, wanted.abs().max().item()), rtol=1e-4)
 
 
 def test_padding_on_the_right_changes_nothing(policy):
