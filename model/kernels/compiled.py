@@ -37,12 +37,12 @@ def compiled(source: Path) -> ctypes.CDLL | None:
     if compiler is None:
         log.info("no C++ compiler (CXX, %s): %s is not used, torch does its work", ", ".join(COMPILERS), source.name)
         return None
-    library = cache_dir() / "kernels" / f"{source.stem}-{_digest(source, compiler)}.so"
     try:
+        library = cache_dir() / "kernels" / f"{source.stem}-{_digest(source, compiler)}.so"
         if not library.exists():
             _compile(source, compiler, library)
         return ctypes.CDLL(str(library))
-    except (OSError, subprocess.CalledProcessError) as refusal:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as refusal:  # RuntimeError: nobody's home directory
         said = getattr(refusal, "stderr", None) or str(refusal)
         log.warning("%s could not be compiled by %s, torch does its work: %s", source.name, compiler, said.strip())
         return None
