@@ -52,12 +52,17 @@ def find_compiler() -> str | None:
     return next(filter(None, map(shutil.which, [os.environ.get("CXX", ""), *COMPILERS])), None)
 
 
+def processor(*fields: str) -> str:
+    """What Linux says of it under the first of these names that it has; nothing elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = (line.partition(":") for line in cpuinfo.read_text().splitlines()) if cpuinfo.exists() else ()
+    return next((value.strip() for name, _, value in lines if name.strip() in fields), "")
+
+
 def _digest(source: Path, compiler: str) -> str:
     """Of the text, the compiler and the processor: what `native` means."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    cpuinfo = Path("/proc/cpuinfo")
-    features = next((x for x in cpuinfo.read_text().splitlines() if x.startswith(("flags", "Features"))), "") \
-        if cpuinfo.exists() else platform.processor()  # fmt: skip
+    features = processor("flags", "Features") or platform.processor()
     parts = (source.read_text(), " ".join(FLAGS), compiler, version, platform.machine(), features)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 

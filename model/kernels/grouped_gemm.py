@@ -6,7 +6,8 @@
     forward  out[r] = x[r] · w[e]        dgrad  dx[r] = dy[r] · w[e]ᵀ        wgrad  dw[e] = x_eᵀ · dy_e
 
 On a CPU experts with few rows, in fp32, go through `grouped_gemm.cpp`, which fetches the next weights while it
-multiplies; all others, and all where there is no C++ compiler, through a loop of `torch.mm` into slices of one output.
+multiplies (and so does any number of rows where MKL does without the processor's AVX-512); all others, and all where
+there is no C++ compiler, through a loop of `torch.mm` into slices of one output.
 (`torch.nn.functional.grouped_mm` does the same, but allocates every expert's part and copies it.) There the gradient
 of a wide weight is made in slices of rows, which MKL packs faster. docs/log.md has the figures. On CUDA it is torch's
 function, from compute capability 9.0 on (not measured on a GPU).
@@ -17,6 +18,7 @@ Axes: R rows sorted by expert, M those of one expert, E experts, K contracted wi
 from __future__ import annotations
 
 import ctypes
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model.kernels.compiled import compiled
+from model.kernels.compiled import compiled, processor
 
 # device type → (dtypes of operands, lowest CUDA compute capability)
 SUPPORTED: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int] | None]] = {
@@ -32,7 +34,7 @@ SUPPORTED: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int] | None]] = {
     "cuda": ((torch.bfloat16,), (9, 0)),
 }
 
-FEW_ROWS = 128  # an expert, on average: with more, a library's product is as fast
+FEW_ROWS = 128  # an expert, on average: with more, MKL's product is as fast, if it uses all that the processor has
 WIDE = 512  # columns from which an fp32 gradient is cut; a slice of fewer is too small to pay for a call
 GRADIENT_SLICE = 128  # rows
 
@@ -82,7 +84,7 @@ def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> t
     if x_RK.device.type != "cpu":
         return F.grouped_mm(x_RK, w_EKN, offs=ends_E)
     out_RN = x_RK.new_empty(len(x_RK), w_EKN.shape[2])
-    if library := _library_for_few_rows(x_RK, w_EKN):
+    if library := _library(x_RK, w_EKN):
         _call(library.grouped_forward, x_RK, w_EKN, out_RN, ends_E, w_EKN.shape)
         return out_RN
     sizes = _sizes(ends_E)
@@ -95,7 +97,7 @@ def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> to
     if dy_RN.device.type != "cpu":
         return F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E)
     dx_RK = dy_RN.new_empty(len(dy_RN), w_EKN.shape[1])
-    if library := _library_for_few_rows(dy_RN, w_EKN):
+    if library := _library(dy_RN, w_EKN):
         _call(library.grouped_dgrad, dy_RN, w_EKN, dx_RK, ends_E, w_EKN.shape)
         return dx_RK
     sizes = _sizes(ends_E)
@@ -108,7 +110,7 @@ def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> tor
     if x_RK.device.type != "cpu":
         return F.grouped_mm(x_RK.T, dy_RN, offs=ends_E)
     dw_EKN = x_RK.new_empty(len(ends_E), x_RK.shape[1], dy_RN.shape[1])
-    if library := _library_for_few_rows(x_RK, dw_EKN):
+    if library := _library(x_RK, dw_EKN):
         _call(library.grouped_wgrad, x_RK, dy_RN, dw_EKN, ends_E, dw_EKN.shape)
         return dw_EKN
     sizes = _sizes(ends_E)
@@ -123,9 +125,19 @@ def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> tor
     return dw_EKN
 
 
-def _library_for_few_rows(rows_RX: torch.Tensor, w_EKN: torch.Tensor) -> ctypes.CDLL | None:
-    few = rows_RX.dtype == torch.float32 and len(rows_RX) < FEW_ROWS * len(w_EKN)
-    return compiled(Path(__file__).with_suffix(".cpp")) if few else None
+def _library(rows_RX: torch.Tensor, w_EKN: torch.Tensor) -> ctypes.CDLL | None:
+    """Ours, where it is faster than `torch.mm`."""
+    few = len(rows_RX) < FEW_ROWS * len(w_EKN)
+    # ours gives an expert to one thread, MKL a product to all
+    any_number = outruns_mkl() and len(w_EKN) >= 2 * torch.get_num_threads()
+    faster = rows_RX.dtype == torch.float32 and (few or any_number)
+    return compiled(Path(__file__).with_suffix(".cpp")) if faster else None
+
+
+@functools.cache
+def outruns_mkl() -> bool:
+    """MKL uses AVX-512 on Intel's processors only; ours wherever there is."""
+    return "avx512f" in processor("flags").split() and processor("vendor_id") != "GenuineIntel"
 
 
 def _call(

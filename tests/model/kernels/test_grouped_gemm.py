@@ -88,15 +88,40 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_for_any_number_of_thr
         assert torch.equal(alone[1][0], dx_RK[row])
 
 
+# rows of two experts, dtype, whether MKL is outrun here, threads
 @pytest.mark.parametrize(
-    "rows, dtype, expected", [(255, torch.float32, 3), (256, torch.float32, 0), (9, torch.bfloat16, 0)]
+    "rows, dtype, outrun, threads, expected",
+    [
+        (255, torch.float32, False, 1, 3),
+        (256, torch.float32, False, 1, 0),
+        (256, torch.float32, True, 1, 3),
+        (256, torch.float32, True, 2, 0),  # MKL's two threads against one an expert
+        (255, torch.float32, True, 2, 3),
+        (9, torch.bfloat16, True, 1, 0),
+    ],
 )
-def test_few_rows_in_fp32_go_through_it_and_nothing_else(monkeypatch, rows, dtype, expected):
+def test_fp32_goes_through_it_where_it_is_faster_and_nothing_else(monkeypatch, rows, dtype, outrun, threads, expected):
     calls = []
     real = grouped_gemm._call
     monkeypatch.setattr(grouped_gemm, "_call", lambda *args: (calls.append(args[0].__name__), real(*args)))
+    monkeypatch.setattr(grouped_gemm, "outruns_mkl", lambda: outrun)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     x_RK = torch.randn(rows, 8, dtype=dtype, requires_grad=True)
     w_EKN = torch.randn(2, 8, 16, dtype=dtype, requires_grad=True)
     grouped_gemm.grouped_mm(x_RK, w_EKN, torch.tensor([3, rows], dtype=torch.int32)).sum().backward()
     assert len(calls) == expected
     assert sorted(calls) == sorted(f"grouped_{name}" for name in ("forward", "dgrad", "wgrad"))[:expected]
+
+
+@pytest.mark.parametrize(
+    "vendor, flags, expected",
+    [
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("AuthenticAMD", "avx2 avx512f", True),
+        ("AuthenticAMD", "avx2", False),
+        ("", "", False),  # a system without /proc
+    ],
+)
+def test_mkl_is_outrun_where_it_leaves_half_of_a_register_empty(monkeypatch, vendor, flags, expected):
+    monkeypatch.setattr(grouped_gemm, "processor", lambda field: {"flags": flags, "vendor_id": vendor}[field])
+    assert grouped_gemm.outruns_mkl.__wrapped__() is expected
