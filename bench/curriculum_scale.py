@@ -14,7 +14,7 @@ import os
 import statistics
 import time
 from types import SimpleNamespace
-from typing import Annotated
+from typing import Annotated, cast
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import OnlineRlStage
+from pipeline.stage import StageContext
 from pipeline.task_pool import Pool, curriculum_of
+from rewards.task import Task
 from rl.curriculum import Curriculum
 from rl.gates import Outcome
 
@@ -36,10 +38,14 @@ DOMAINS, LEVELS, GROUPS, SIZE = ("maths", "code", "reasoning", "dialogue"), 10, 
 def curriculum(prompts: int) -> Curriculum:
     """The recipe's defaults."""
     cells = {f"p{i}": (DOMAINS[i % len(DOMAINS)], 1 + i // len(DOMAINS) % LEVELS) for i in range(prompts)}
-    tasks = {"dataset": "none", "format": "gsm8k"}
-    stage = OnlineRlStage(name="climb", kind="online_rl", policy="none", tasks=tasks, group_size=SIZE)
-    pool = Pool(cells=cells, task_of=lambda *_: None, prompts=dict.fromkeys(cells, ""))
-    return curriculum_of(stage, pool, SimpleNamespace(inputs={}, seed=1))
+    stage = OnlineRlStage.model_validate(
+        {"name": "climb", "kind": "online_rl", "policy": "none", "group_size": SIZE,
+         "tasks": {"dataset": "none", "format": "gsm8k"}}
+    )  # fmt: skip
+    task = Task(task_id="any", domain="maths", level=1, prompt="", verifier="number", check={"answer": "0"})
+    pool = Pool(cells=cells, task_of=lambda *_: task, tasks=dict.fromkeys(cells, task))
+    context = cast(StageContext, SimpleNamespace(inputs={}, seed=1))
+    return curriculum_of(stage, pool, context, fits=lambda task: True)
 
 
 def measured(prompts: int, steps: int) -> list[str]:

@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -31,6 +32,10 @@ from model.precision import Format, Fp8Settings, Recipe
 
 RECIPES, FORMATS = get_args(Recipe), get_args(Format)
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def in_fp8(settings: Fp8Settings, gauges: Fp8Gauges | None = None) -> Product:
+    return lambda x, w, ends: fp8_grouped_mm(x, w, ends, settings, gauges)
 
 
 def out_dx_dw(product: Product, x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> list[torch.Tensor]:
@@ -58,7 +63,7 @@ def error_table(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor) -> Table:
     for recipe in RECIPES:
         for gradients in FORMATS:
             settings = Fp8Settings(recipe, gradients)
-            got = out_dx_dw(lambda *operands: fp8_grouped_mm(*operands, settings), x, w, ends)  # noqa: B023
+            got = out_dx_dw(in_fp8(settings), x, w, ends)
             whole = [(g.double() - e).norm() / e.norm() for g, e in zip(got, exact)]
             worst = [
                 row_errors(
@@ -80,13 +85,9 @@ def time_table(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, runs: int) 
     }
     for recipe in RECIPES:
         settings, gauges = Fp8Settings(recipe), Fp8Gauges()
-        work[f"FP8 {recipe}"] = lambda s=settings: out_dx_dw(lambda *o: fp8_grouped_mm(*o, s), x16, w16, ends)
-        work[f"FP8 {recipe}, with gauges"] = lambda s=settings, g=gauges: out_dx_dw(
-            lambda *o: fp8_grouped_mm(*o, s, g), x16, w16, ends
-        )
-        work[f"  quantise and dequantise alone, {recipe}"] = lambda r=recipe: [
-            stored.dequantise() for stored in all_quantisations(x16, w16, ends, r)
-        ]
+        work[f"FP8 {recipe}"] = partial(out_dx_dw, in_fp8(settings), x16, w16, ends)
+        work[f"FP8 {recipe}, with gauges"] = partial(out_dx_dw, in_fp8(settings, gauges), x16, w16, ends)
+        work[f"  quantise and dequantise alone, {recipe}"] = partial(there_and_back, x16, w16, ends, recipe)
     seconds: dict[str, list[float]] = {name: [] for name in work}
     for run in range(runs + 1):  # the first warms up
         for name, step in work.items():
@@ -112,6 +113,11 @@ def all_quantisations(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, reci
         quantise(w, recipe, 2),
         *(quantise(tensor, recipe, 0, ends_E=ends) for tensor in (x, dy)),
     ]
+
+
+def there_and_back(x: torch.Tensor, w: torch.Tensor, ends: torch.Tensor, recipe: Recipe) -> None:
+    for stored in all_quantisations(x, w, ends, recipe):
+        stored.dequantise()
 
 
 def bytes_table(experts: int, width: int, out_width: int) -> Table:

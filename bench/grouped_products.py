@@ -13,7 +13,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -32,10 +32,11 @@ from model.kernels import grouped_gemm  # noqa: E402
 
 ROWS = 4096
 SHAPES = ((128, 256, 1024), (128, 512, 256), (64, 256, 1024), (64, 512, 256), (16, 256, 1024), (8, 512, 1024))
+Ways = Mapping[str, Callable[[], object]]
 COPIES = 5  # of rows and results: more than a cache holds
 
 
-def fastest(contenders: dict[str, Callable[[], object]], seconds: float) -> dict[str, float]:
+def fastest(contenders: Ways, seconds: float) -> dict[str, float]:
     best = dict.fromkeys(contenders, float("inf"))
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -76,12 +77,12 @@ class Products:
 def main(seconds: Annotated[float, typer.Option(help="For each product of each shape.")] = 8.0) -> None:
     """Measure and print one table."""
     torch.set_num_threads(1)
-    grouped_gemm.outruns_mkl = lambda: False  # FEW_ROWS alone decides
+    grouped_gemm.outruns_mkl = lambda: False  # type: ignore[assignment]  # FEW_ROWS alone decides
     table = Table("experts", "rows", "K, N", "one dense", "product", "torch.mm", "ours", "ours / dense")
     for num_experts, k, n in SHAPES:
         products = Products(num_experts, k, n)
         for product in (products.forward, products.input_gradient, products.weight_gradient):
-            ways = {"dense": products.dense, "torch.mm": partial(product, 0), "ours": partial(product, ROWS + 1)}
+            ways: Ways = {"dense": products.dense, "torch.mm": partial(product, 0), "ours": partial(product, ROWS + 1)}
             speed = {who: 2 * ROWS * k * n / taken / 1e9 for who, taken in fastest(ways, seconds).items()}
             table.add_row(
                 str(num_experts), str(ROWS // num_experts), f"{k}, {n}", f"{speed['dense']:.0f}",

@@ -36,7 +36,7 @@ def main(
     from reasoning_gym.factory import create_curriculum, create_dataset
 
     from pipeline.data import Example, write_examples
-    from rewards.task import Task
+    from rewards.task import Task, Verifier
 
     examples: dict[str, Example] = {}
     for name in data_set:
@@ -53,7 +53,7 @@ def main(
                 if source.score_answer(answer, entry) < 1.0 or source.score_answer(WRONG, entry) >= 1.0:
                     raise SystemExit(f"{name}, level {level}: its scorer and its answer {answer!r} do not agree")
                 prompt = f"{entry['question'].strip()}\nEnd with a line 'Answer: ' and the answer alone."
-                kind = "number" if re.fullmatch(r"-?\d+", answer) else "text"
+                kind: Verifier = "number" if re.fullmatch(r"-?\d+", answer) else "text"
                 task = Task(task_id=f"{name}/{level}/{number}", domain=name, level=level, prompt=prompt, verifier=kind,
                             check={"answer": answer})  # fmt: skip
                 examples.setdefault(prompt, Example(task, f"Answer: {answer}"))

@@ -160,7 +160,8 @@ def evaluated(place: Path, rows: list[dict[str, Any]], folder: Path, pool: str, 
             "tasks": efficiency_pools.held_out(folder, pool), "k": [1], "samples": efficiency_pools.HELD_OUT_SAMPLES,
             "engines": 2}  # fmt: skip
     fewer = efficiency_pools.held_out(folder, pool, efficiency_pools.HELD_OUT_TASKS // 2)
-    last = many | {"name": "last", "policies": many["policies"][-1:], "tasks": fewer, "k": [1, 8, 32], "samples": 32}
+    last = many | {"name": "last", "policies": [f"{list(checkpoints.values())[-1]}/"], "tasks": fewer,
+                   "k": [1, 8, 32], "samples": 32}  # fmt: skip
     stages = [many] if trial else [many, last]
     recipe = {"run": {"name": "curve", "seed": 1}, "stages": stages}
     run_dir = pinned_run.run(recipe, place / "evaluated")
