@@ -135,10 +135,12 @@ def test_what_is_planned_depends_on_what_was_learnt_and_not_on_how_often_anybody
 def test_the_knapsack_gives_the_budget_of_equal_groups_to_those_who_need_it():
     one = curriculum(allocator="knapsack", decay=1.0, sampler="uniform")
     live(one, lambda entry: {1: 0.98, 2: 0.5, 3: 0.15, 4: 0.5, 5: 0.5}[int(entry[-1])], 30)
-    choices = [turns[0] for turns in one.plan(range(240, 248))]
-    assert sum(choice.size for choice in choices) <= 8 * 16 and all(2 <= choice.size <= 64 for choice in choices)
-    sizes = {choice.entry[-1]: choice.size for choice in choices}
-    assert sizes.get("3", 99) > sizes.get("2", 0) and len(sizes) > 2
+    choices = [turns[0] for turns in one.plan(range(240, 272))]
+    assert sum(choice.size for choice in choices) <= 32 * 16 and all(2 <= choice.size <= 64 for choice in choices)
+    smallest, largest = (
+        pick(choice.size for choice in choices if choice.entry[-1] == level) for pick, level in ((min, "3"), (max, "2"))
+    )
+    assert smallest > largest  # level 3 is rarely right: more answers, or no group has both kinds
 
 
 def test_long_answers_are_paid_for():
