@@ -18,6 +18,7 @@ mask: what is padded lies behind every real query. Those of a branch look at tok
     query            x₀ x₁ ·         tokens begin, so that what is right of the line is causal as ever
 
 Generation with a key/value cache keeps the rectangle [B, S] and builds an explicit mask instead: see `CachedAttention`.
+There a row is one document, and positions that say otherwise are refused.
 
 Axes: B rows, S sequence, T real tokens, N segments, L longest segment, P longest prompt part, X keys of a segment,
 H query heads, K key/value heads, d head size.
@@ -66,8 +67,10 @@ class Layout:
         device: torch.device,
     ) -> Layout:
         """A mask says which tokens are real; positions restart wherever a new document begins in a row."""
-        if attention_mask_BS is not None and attention_mask_BS.dim() != 2:
-            raise ValueError(f"attention_mask has shape {tuple(attention_mask_BS.shape)}; expected [rows, tokens]")
+        if attention_mask_BS is not None and attention_mask_BS.shape != shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask_BS.shape)}; expected [rows, tokens] = {shape}"
+            )
         real_BS = None if attention_mask_BS is None else attention_mask_BS.bool()
         if real_BS is not None and bool(real_BS.all()):
             real_BS = None
@@ -242,14 +245,34 @@ def segments(run: Run, chunk: int | None) -> Iterator[Segment]:
         )
 
 
+def fits_a_cache(
+    shape: tuple[int, int],
+    attention_mask_BS: torch.Tensor | None,
+    position_ids_BS: torch.Tensor | None,
+    device: torch.device,
+) -> bool:
+    """Whether each row is one document: its positions count its real tokens. A cache knows no other rows."""
+    if position_ids_BS is None:
+        return True
+    given, counted = (Layout.of(shape, attention_mask_BS, x_BS, device) for x_BS in (position_ids_BS, None))
+    return bool((given.position_T == counted.position_T).all())
+
+
 class CachedAttention:
     """Attention over a key/value cache: the rectangle [B, S] of new tokens looks at all that came before it.
 
-    Holes of a padded prompt stay in the rectangle (`generate` pads on the left) and are masked as keys.
+    Holes of a padded prompt stay in the rectangle (`generate` pads on the left) and are masked as keys. Positions are
+    counted from the mask, [B, P] for the P tokens in the cache and in the rectangle. ValueError where those given for
+    the new tokens are others: the row would be attended to as a document that it is not.
     """
 
     def __init__(
-        self, shape: tuple[int, int], attention_mask_BP: torch.Tensor | None, cache: Cache, device: torch.device
+        self,
+        shape: tuple[int, int],
+        attention_mask_BP: torch.Tensor | None,
+        position_ids_BS: torch.Tensor | None,
+        cache: Cache,
+        device: torch.device,
     ) -> None:
         num_rows, num_new = shape
         past = cache.get_seq_length()
@@ -264,6 +287,22 @@ class CachedAttention:
         self.shape, self.cache, self.real_BP = shape, cache, real_BP
         self.position_BP = (real_BP.cumsum(1) - 1).clamp(min=0)
         self.position_T = self.position_BP[:, past:].reshape(-1)
+        if position_ids_BS is not None:
+            self._check(position_ids_BS.expand(shape), past)
+
+    def _check(self, given_BS: torch.Tensor, past: int) -> None:
+        """A hole may have any position: nobody looks at it."""
+        counted_BS = self.position_BP[:, past:]
+        wrong_BS = (given_BS != counted_BS) & self.real_BP[:, past:]
+        if not bool(wrong_BS.any()):
+            return
+        row, column = wrong_BS.nonzero()[0].tolist()
+        raise ValueError(
+            f"position_ids[{row}, {column}] is {int(given_BS[row, column])}; with {past} tokens in the cache expected "
+            f"{int(counted_BS[row, column])}, the number of real tokens before it in its row. Several documents in a "
+            "row need use_cache=False and no past_key_values; a padded row needs its padding on the left, and the "
+            "attention_mask of all its tokens, those in the cache too"
+        )
 
     def __call__(
         self, q_THd: torch.Tensor, k_TKd: torch.Tensor, v_TKd: torch.Tensor, *, layer: int, chunk: int | None

@@ -35,7 +35,7 @@ from model.experts import Experts
 from model.logprobs import token_statistics
 from model.moe_layer import MoeBlock, SwiGlu
 from model.norm import RmsNorm, rms_norm
-from model.packing import Attention, CachedAttention, Layout, PackedAttention
+from model.packing import Attention, CachedAttention, Layout, PackedAttention, fits_a_cache
 from model.router import Route, Router, balance_loss, initial_router_weight
 
 IGNORED = -100  # a label that is not trained on, as everywhere in PyTorch
@@ -201,16 +201,22 @@ class MoeTransformer(MoePreTrainedModel):
     ) -> MoeModelOutput:
         """`input_ids` [B, S], `attention_mask` [B, S] 1 on real tokens, `position_ids` [B, S] restarting at 0 with each
         document of a row, `replay` [B, S, MoE layers] expert ids or NOT_RECORDED. Returns hidden states [B, S, D], zero
-        where there is no token; router logits [T, E] and routes per MoE layer."""
+        where there is no token; router logits [T, E] and routes per MoE layer.
+
+        With `use_cache` or `past_key_values` a row is one document, and other positions are a ValueError. Where only
+        the config's default allows a cache, they are packed as without one, and none is returned."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected either input_ids or inputs_embeds")
         x_BSD = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         shape, device = (x_BSD.shape[0], x_BSD.shape[1]), x_BSD.device
-        use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+            if use_cache and past_key_values is None:  # nobody asked for a cache: what none can hold goes without
+                use_cache = fits_a_cache(shape, attention_mask, position_ids, device)
         attention: Attention
         if use_cache or past_key_values is not None:
             past_key_values = DynamicCache(config=self.config) if past_key_values is None else past_key_values
-            attention = CachedAttention(shape, attention_mask, past_key_values, device)
+            attention = CachedAttention(shape, attention_mask, position_ids, past_key_values, device)
             layout = Layout(shape, None, attention.position_T)
         else:
             layout = Layout.of(shape, attention_mask, position_ids, device)

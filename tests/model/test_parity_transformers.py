@@ -6,7 +6,7 @@ non-zero means, since some mistakes (a gate after the expert) hide behind zero o
 
 import pytest
 import torch
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import DynamicCache, Llama4ForCausalLM, Llama4TextConfig
 
 import model.transformer as transformer
 from model.experts import Experts
@@ -152,6 +152,69 @@ def test_positions_that_begin_nowhere_are_refused(models):
         logits(models[1], tokens(1, 3), position_ids=torch.tensor([[2, 3, 4]]))
 
 
+def packed(documents: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """One row of several documents, and the positions of its tokens."""
+    return torch.cat(documents, 1), torch.cat([torch.arange(ids.shape[1]) for ids in documents]).unsqueeze(0)
+
+
+def test_packed_equals_separate_where_the_config_allows_a_cache(models):
+    """As whoever loads the model without `load_policy` calls it: in evaluation, `use_cache` left to the config."""
+    ours = models[1]
+    assert ours.config.use_cache and not ours.training
+    documents = [tokens(1, 19), tokens(1, 3 * CHUNK), tokens(1, 1)]
+    alone = torch.cat([ours(ids).logits[0] for ids in documents])
+    ids, positions = packed(documents)
+    together = ours(ids, position_ids=positions)
+    assert (together.logits[0] - alone).abs().max() < 1e-4
+    assert together.past_key_values is None  # lest someone go on from the row as if it were one document
+    assert (ours(ids).logits[0] - alone).abs().max() > 1e-1  # what documents that see each other would give
+    # Behind padding, and where answers branch off a prompt.
+    hole = torch.zeros(1, 4, dtype=torch.long)
+    mask = torch.cat([hole, torch.ones_like(ids)], 1)
+    padded = ours(torch.cat([hole, ids], 1), attention_mask=mask, position_ids=torch.cat([hole, positions], 1))
+    assert (padded.logits[0, 4:] - alone).abs().max() < 1e-4
+    ids, positions = branched([tokens(9)], [[tokens(5), tokens(7)]])
+    assert torch.equal(ours(ids, position_ids=positions).logits, logits(ours, ids, position_ids=positions))
+
+
+def test_a_row_that_is_one_document_still_fills_the_cache(models):
+    ours, ids = models[1], tokens(2, CHUNK)
+    positions = torch.arange(CHUNK).unsqueeze(0)  # one row of positions for all, as transformers allows it
+    out, plain = ours(ids, position_ids=positions), ours(ids)
+    assert torch.equal(out.logits, plain.logits) and out.past_key_values.get_seq_length() == CHUNK
+    mask = (torch.arange(CHUNK) >= torch.tensor([[3], [0]])).long()
+    behind_holes = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # what lies at a hole is nobody's position
+    out, plain = ours(ids, attention_mask=mask, position_ids=behind_holes), ours(ids, attention_mask=mask)
+    assert torch.equal(out.logits, plain.logits) and out.past_key_values.get_seq_length() == CHUNK
+
+
+def test_positions_that_a_cache_cannot_hold_are_refused(models):
+    ours, (ids, positions) = models[1], packed([tokens(1, 5), tokens(1, 4)])
+    for asked in ({"use_cache": True}, {"past_key_values": DynamicCache(config=ours.config)}):
+        with pytest.raises(ValueError, match=r"position_ids\[0, 5\] is 0; .* expected 5, .* need use_cache=False"):
+            ours(ids, position_ids=positions, **asked)
+
+    def filled(**inputs):
+        return ours(tokens(1, 6), use_cache=True, **inputs).past_key_values
+
+    step = {"input_ids": tokens(1, 3), "past_key_values": filled()}
+    with pytest.raises(ValueError, match=r"position_ids\[0, 2\] is 0; with 6 tokens in the cache expected 8"):
+        ours(**step, position_ids=torch.tensor([[6, 7, 0]]))
+    with pytest.raises(ValueError, match=r"position_ids\[0, 0\] is 4; with 6 tokens in the cache expected 6"):
+        ours(**step, position_ids=torch.tensor([[4, 5, 6]]))
+    assert step["past_key_values"].get_seq_length() == 6  # a refused step leaves the cache as it was
+    assert torch.equal(
+        ours(**step, position_ids=torch.tensor([[6, 7, 8]])).logits,
+        ours(tokens(1, 3), past_key_values=filled()).logits,
+    )
+    # Two of the cached tokens are padding: without the mask that says so, they would count.
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1]])
+    step = {"input_ids": tokens(1, 1), "position_ids": torch.tensor([[4]])}
+    with pytest.raises(ValueError, match=r"position_ids\[0, 0\] is 4; .* expected 6, .* attention_mask"):
+        ours(**step, past_key_values=filled(attention_mask=mask))
+    ours(**step, past_key_values=filled(attention_mask=mask), attention_mask=torch.tensor([[0, 0, 1, 1, 1, 1, 1]]))
+
+
 def test_generate_is_transformers_greedy_over_a_chunk_boundary_and_takes_left_padding(models):
     prompt = tokens(1, CHUNK - 4)
     settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
@@ -162,6 +225,25 @@ def test_generate_is_transformers_greedy_over_a_chunk_boundary_and_takes_left_pa
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     assert torch.equal(models[1].generate(ids, attention_mask=mask, **settings)[0, CHUNK:], ours[0, CHUNK - 4 :])
+
+
+def test_generate_behind_left_padding_computes_what_a_mask_alone_gives(models):
+    """`generate` passes positions, and anything at a hole; they must not change a bit of what the mask says."""
+    ours, length = models[1], CHUNK - 2
+    mask = (torch.arange(length) >= torch.tensor([[5], [0], [1]])).long()
+    ids = tokens(3, length) * mask
+    made = ours.generate(
+        ids, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    asked = {"use_cache": True, "logits_to_keep": 1}  # as `generate` does: a product of other rows rounds otherwise
+    step = ours(ids, attention_mask=mask, **asked)
+    for number, from_generate in enumerate(made.logits):
+        assert torch.equal(step.logits[:, -1], from_generate)
+        token = made.sequences[:, length + number : length + number + 1]
+        assert torch.equal(token, step.logits[:, -1:].argmax(-1))
+        mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
+        step = ours(token, attention_mask=mask, past_key_values=step.past_key_values, **asked)
 
 
 def test_activation_checkpointing_changes_neither_loss_nor_gradients_nor_routes(models):
