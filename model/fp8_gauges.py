@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,19 @@ from model.precision import Fp8Settings
 
 SAMPLED_ROWS = 64  # evenly spaced, of each matrix: SNR to a tenth of a dB, at a cost that does not grow
 LARGEST = {layout.dtype: layout.largest for layout in FORMATS.values()}
+
+_is_recorded = ContextVar("is_recorded", default=True)
+
+
+class NothingRecorded:
+    """Around what activation checkpointing computes again: it was recorded the first time, and would weigh double. May
+    be entered any number of times, as a graph may be gone through."""
+
+    def __enter__(self) -> None:
+        self._before = _is_recorded.set(False)
+
+    def __exit__(self, *_: object) -> None:
+        _is_recorded.reset(self._before)
 
 
 @dataclass(frozen=True)
@@ -45,7 +59,7 @@ class Fp8Gauges:
     def record(self, tensor: str, values_of: Callable[[slice], torch.Tensor], stored: Quantised) -> None:
         """Adds what became of one tensor. `values_of(rows)`: its numbers before they were stored, for these rows."""
         num_rows = stored.q.shape[-2]
-        if num_rows == 0:
+        if num_rows == 0 or not _is_recorded.get():
             return
         rows = slice(0, num_rows, math.ceil(num_rows / SAMPLED_ROWS))
         sample, values, largest = stored.rows(rows), values_of(rows).float(), LARGEST[stored.q.dtype]

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.experts import Experts
+from model.fp8_gauges import NothingRecorded
 from model.logprobs import token_statistics
 from model.moe_layer import MoeBlock, SwiGlu
 from model.norm import RmsNorm, rms_norm
@@ -244,7 +246,8 @@ class MoeTransformer(MoePreTrainedModel):
     def _recompute(self, function: Callable[..., Any], *args: Any) -> Any:
         """Call it; under activation checkpointing forget what is inside and call it again in the backward pass."""
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
-            return checkpoint(function, *args, use_reentrant=False)
+            contexts = nullcontext(), NothingRecorded()  # of the first call, of the second
+            return checkpoint(function, *args, use_reentrant=False, context_fn=lambda: contexts)
         return function(*args)
 
     def _rope_on(self, device: torch.device) -> tuple[torch.Tensor, float]:
