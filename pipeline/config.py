@@ -153,6 +153,11 @@ class TrainSettings(Section):
     epochs: PositiveFloat = 1.0
     batch_examples: PositiveInt = Field(32, description="examples per optimiser step")
     micro_batch_examples: PositiveInt = Field(8, description="examples per forward pass; no effect on the result")
+    activation_checkpointing: bool = Field(
+        False,
+        description="compute layers again in the backward pass instead of keeping their activations: "
+        "memory for a second forward pass; no effect on the result",
+    )
     max_tokens: PositiveInt = Field(384, description="longest example; longer ones are dropped and counted")
     warmup_share: Share = 0.1
     dtype: Literal["bfloat16", "float32"] = Field(
@@ -422,6 +427,9 @@ class OnlineRlStage(Stage):
     weight_decay: Annotated[float, Field(ge=0.0)] = 0.0
     max_grad_norm: PositiveFloat = 1.0
     micro_batch_tokens: PositiveInt = Field(8192, description="tokens per forward pass; no effect on the result")
+    activation_checkpointing: bool = Field(
+        False, description="as in `sft`: memory for a second forward pass; no effect on the result"
+    )
     dtype: Literal["bfloat16", "float32"] = Field(
         "float32",
         description="of the engines, what they are sent, and forward passes (autocast); "

@@ -229,6 +229,7 @@ def learner_settings(
         weight_decay=stage.weight_decay,
         max_grad_norm=stage.max_grad_norm,
         micro_batch_tokens=stage.micro_batch_tokens,
+        activation_checkpointing=stage.activation_checkpointing,
         temperature=stage.temperature,
         router_policy=stage.router.policy,
         router_learning_rate_scale=stage.router.learning_rate_scale,

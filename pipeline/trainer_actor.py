@@ -130,7 +130,7 @@ def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output
         "gradient_accumulation_steps": max(1, round(train.batch_examples / micro)),
         "max_length": None,  # over-long examples were dropped and counted; none is cut
         "bf16": train.dtype == "bfloat16",  # autocast over float32 weights: small updates are not rounded away
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": train.activation_checkpointing,
         # TRL's auxiliary loss takes a softmax over router logits that Llama 4 gates by a sigmoid, one micro-batch at a
         # time. Ours is in model/router.py; the sft stage adds it.
         "router_aux_loss_coef": 0.0,

@@ -54,6 +54,7 @@ class LearnerSettings:
     weight_decay: float
     max_grad_norm: float
     micro_batch_tokens: int
+    activation_checkpointing: bool = False
     temperature: float
     router_policy: str  # train, frozen or low_lr
     router_learning_rate_scale: float
@@ -105,6 +106,8 @@ class PolicyLearner:
         torch.manual_seed(self.settings.seed)
         self.model = load_policy(self.settings.checkpoint, "float32")
         self.model.train()
+        if self.settings.activation_checkpointing:
+            self.model.gradient_checkpointing_enable()
         if self.settings.router_policy == "frozen":
             freeze_routers(self.model)
         parallelise(self.model, ParallelPlan(data=self.settings.world_size))

@@ -117,6 +117,24 @@ def test_merging_keeps_the_function_and_only_adapters_were_trained(tmp_path, kin
     assert changed == {f"{name}.weight" for name in lora_layers(merged, job.lora.targets, "")}
 
 
+def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
+    """Also behind frozen weights: nothing that a LoRA does not need has a gradient, and the reference has none."""
+    import model.transformer
+
+    recomputed, seen = [], []
+    plain = model.transformer.checkpoint
+    monkeypatch.setattr(model.transformer, "checkpoint", lambda *a, **k: recomputed.append(1) or plain(*a, **k))
+    for on in (False, True):
+        assert not recomputed
+        folder = tmp_path / str(on)
+        folder.mkdir()
+        job = job_for(folder, "llama4", epochs=2, activation_checkpointing=on)
+        metrics = DpoTrainerActor(job).train()
+        files = [(job.work / name).read_bytes() for name in ("losses.jsonl", "checkpoint/model.safetensors")]
+        seen.append(({key: value for key, value in metrics.items() if not key.endswith(("_s", "seconds"))}, files))
+    assert recomputed and seen[0] == seen[1]
+
+
 def test_lora_reaches_attention_dense_mlp_and_shared_expert_and_neither_router_nor_routed_experts(tmp_path):
     from model.checkpoint import load_policy
 

@@ -119,6 +119,23 @@ def test_the_loss_is_that_of_token_logprobs_plus_the_router_losses(tmp_path):
     assert step["loss"] == pytest.approx(expected, abs=2e-5)
 
 
+def test_activation_checkpointing_changes_no_number_and_counts_no_route_twice(tmp_path, monkeypatch):
+    import model.transformer
+
+    router, recomputed, seen = RouterSettings(balance_coef=1.0, z_coef=0.1), [], []
+    plain = model.transformer.checkpoint
+    monkeypatch.setattr(model.transformer, "checkpoint", lambda *a, **k: recomputed.append(1) or plain(*a, **k))
+    for on in (False, True):
+        assert not recomputed
+        folder = tmp_path / str(on)
+        folder.mkdir()
+        job = job_for(folder, "llama4", examples(8), router, batch_examples=8, epochs=3, activation_checkpointing=on)
+        SftTrainerActor(job).train()
+        seen.append((losses(job), (job.work / "checkpoint" / "model.safetensors").read_bytes()))
+    assert recomputed and len(seen[0][0]) == 3 and "router/max_vio" in seen[0][0][0]
+    assert seen[0] == seen[1]
+
+
 @pytest.mark.parametrize(
     ("policy", "share"), [("train", 1.0), ("frozen", 0.0), ("low_lr", 0.1)], ids=["train", "frozen", "low_lr"]
 )

@@ -118,8 +118,9 @@ def assert_same(others: list[dict[str, Any]], one: dict[str, Any], gauges: list[
         ),  # one micro-batch: one learner has none
         ({"router_policy": "low_lr", "weight_decay": 0.1}, ["router/drift"]),
         ({"router_policy": "frozen"}, ["router/max_vio"]),
+        ({"activation_checkpointing": True}, ["router/max_vio", "router/drift"]),
     ],
-    ids=["plain", "router losses", "one micro-batch", "slow routers", "frozen routers"],
+    ids=["plain", "router losses", "one micro-batch", "slow routers", "frozen routers", "activation checkpointing"],
 )
 def test_two_learners_make_the_steps_that_one_makes(tmp_path, changes, gauges):
     settings = tiny_settings(tmp_path, **changes)

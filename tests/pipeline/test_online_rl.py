@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.online_rl import _remove_remains
+import pytest
+
+from pipeline.config import OnlineRlStage
+from pipeline.online_rl import _remove_remains, learner_settings
 
 
 def test_only_what_a_run_goes_on_from_is_kept(tmp_path: Path) -> None:
@@ -16,3 +19,10 @@ def test_only_what_a_run_goes_on_from_is_kept(tmp_path: Path) -> None:
     _remove_remains(tmp_path)
     kept = {".resume", "steps.jsonl", "curriculum.jsonl", "observations.jsonl"}
     assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_every_learner_is_told_whether_to_recompute_activations(tmp_path: Path, on: bool) -> None:
+    stage = OnlineRlStage(name="climb", kind="online_rl", policy="x", tasks={}, activation_checkpointing=on)
+    settings = learner_settings(stage, tmp_path, 0, tmp_path, world_size=2)
+    assert [one.activation_checkpointing for one in settings] == [on, on]

@@ -23,3 +23,9 @@ def test_warmup_share_is_a_share_of_the_steps(share: float, epochs: float, num_e
     train = TrainSettings(warmup_share=share, epochs=epochs, batch_examples=32)
     warmup = trainer_arguments(train, num_examples, 0, "out")["warmup_steps"]
     assert warmup == steps and isinstance(warmup, int)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_activation_checkpointing_is_as_the_recipe_says_and_not_trls_default(on: bool) -> None:
+    train = TrainSettings(activation_checkpointing=on)
+    assert trainer_arguments(train, 320, 0, "out")["gradient_checkpointing"] is on

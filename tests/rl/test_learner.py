@@ -1,6 +1,7 @@
 """Batcher and learner on a tiny random Llama 4, in this process."""
 
 import dataclasses
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from model.router_watch import RoutedBatch
 from rl.batcher import micro_batches
 from rl.losses import Objective
 from rl.types import TrainBatch
+
+FP8 = Fp8Settings(recipe="row", keep_first_and_last=False)  # the tiny model's MoE layers are its first and its last
 
 
 def batch(rows=6, version=0, seed=0):
@@ -156,6 +159,30 @@ def test_neither_sharing_prompts_nor_where_a_group_is_cut_changes_the_gradient(c
             torch.testing.assert_close(alone[name], shared[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"balance_coef": 3.0, "z_coef": 0.5}, {"dtype": "bfloat16"}, {"fp8": FP8}, {"updates": 2}]
+)
+def test_activation_checkpointing_changes_no_bit_of_a_step_and_routes_no_token_twice(checkpoint, changes):
+    kept, recomputed = (gradients(checkpoint, activation_checkpointing=on, **changes) for on in (False, True))
+    assert kept.keys() == recomputed.keys() and all(torch.equal(kept[name], recomputed[name]) for name in kept)
+    seen = []
+    for on in (False, True):
+        made = learner(checkpoint, activation_checkpointing=on, **changes)
+        calls = Counter()
+        for layer in made.model.model.layers:  # before a call: a recomputed one ends as soon as all is there again
+            layer.self_attn.register_forward_pre_hook(lambda *_, calls=calls: calls.update(["attention"]))
+            if hasattr(layer.feed_forward, "router"):
+                layer.feed_forward.router.register_forward_pre_hook(lambda *_, calls=calls: calls.update(["router"]))
+        metrics = made.step(batch()).metrics
+        del metrics["learner_step_s"], metrics["publish_ms"]
+        seen.append((metrics, calls, weights_of(made)))
+    (metrics, calls, weights), (metrics_again, calls_again, weights_again) = seen
+    assert metrics == metrics_again and all(torch.equal(weights[name], weights_again[name]) for name in weights)
+    assert calls_again["router"] == calls["router"] > 0
+    layers = len(made.model.model.layers)
+    assert calls_again["attention"] - calls["attention"] == layers * changes.get("updates", 1), "nothing was recomputed"
+
+
 def test_prompts_are_shared_unless_the_routers_losses_count_their_tokens(checkpoint):
     assert learner(checkpoint)._shares_prompts()
     assert not learner(checkpoint, balance_coef=0.1)._shares_prompts()
@@ -285,9 +312,6 @@ def test_a_step_reports_what_its_routers_do(checkpoint):
     assert all(isinstance(value, float) for value in metrics.values())
 
 
-FP8 = Fp8Settings(recipe="row", keep_first_and_last=False)  # the tiny model's MoE layers are its first and its last
-
-
 def published(made, path):
     made.publish(str(path))
     return load_file(path)
@@ -354,8 +378,10 @@ def test_bfloat16_keeps_small_steps_in_the_weights_and_publishes_a_cast_copy(che
     assert {tensor.dtype for tensor in load_file(tmp_path / "w.safetensors").values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Qwen3"])
-def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "recomputes"), [("Llama", False), ("Qwen2", False), ("Qwen3", False), ("Llama", True)]
+)
+def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, family, recomputes):
     import transformers
 
     from model.checkpoint import load_policy
@@ -368,7 +394,8 @@ def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, fam
     torch.manual_seed(0)
     getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path / "source")
     load_tokenizer(checkpoint).save_pretrained(tmp_path / "source")
-    made = learner(str(tmp_path / "source"))
+    made = learner(str(tmp_path / "source"), activation_checkpointing=recomputes)
+    assert made.model.is_gradient_checkpointing == recomputes
     assert type(made.model).__name__ == f"{family}ForCausalLM"
     before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     report = made.step(batch(), str(tmp_path / "v1.safetensors"))
