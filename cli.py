@@ -225,6 +225,12 @@ def export_fp8(
     all_layers: Annotated[
         bool, typer.Option("--all-layers", help="The first and the last MoE layer as well, where outliers live.")
     ] = False,
+    layers: Annotated[
+        list[int] | None,
+        typer.Option(
+            "--layer", metavar="N", help="Exactly this MoE layer, counted from 0; may be given several times."
+        ),
+    ] = None,
 ) -> None:
     """Write a checkpoint whose routed experts are FP8, as vLLM serves it on GPUs (not measured on a GPU).
 
@@ -234,7 +240,7 @@ def export_fp8(
     """
     from pipeline.fp8_export import export_checkpoint
 
-    export_checkpoint(source, target, recipe=recipe, all_layers=all_layers)
+    export_checkpoint(source, target, recipe=recipe, all_layers=all_layers, layers=layers)
 
 
 @app.command()

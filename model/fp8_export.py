@@ -47,7 +47,8 @@ def export_fp8(
     """Write `source`, a Llama 4 in BF16 or fp32, to `target` with FP8 experts; returns bytes before and after.
 
     `progress(done, total)` counts parameters. ValueError where there is nothing to quantise, where the source is no
-    Llama 4 with fused experts, or where blocks of 128 would straddle an expert's gate and up projections.
+    Llama 4 with fused experts, where a chosen layer has no experts, or where blocks of 128 would straddle an expert's
+    gate and up projections.
     """
     config: Config = json.loads((source / "config.json").read_text())
     multimodal = config.get("model_type") == "llama4"
@@ -56,7 +57,10 @@ def export_fp8(
             f"{source}: model_type is {config.get('model_type')!r}; FP8 experts need llama4 or llama4_text"
         )
     text = text_config(config)
-    layers = fp8_layers(moe_layers(text), settings.keep_first_and_last)
+    try:
+        layers = fp8_layers(moe_layers(text), settings)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     if not layers:
         raise ValueError(
             f"{source}: of the MoE layers {moe_layers(text)} none is left for FP8 with keep_first_and_last="

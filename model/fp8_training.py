@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Fp8Training:
-    """ValueError for a model without an MoE layer that the settings leave to FP8."""
+    """ValueError for a model without an MoE layer that the settings leave to FP8, or without one that they name."""
 
     def __init__(
         self,
@@ -32,12 +32,15 @@ class Fp8Training:
         """`gather` turns one trainer's value into every trainer's: they must leave FP8 together, or they would compute
         different models."""
         self.settings, self.gather = settings, gather
-        chosen = fp8_layers(getattr(model.config, "moe_layers", None) or (), settings.keep_first_and_last)
+        moe_layers = list(getattr(model.config, "moe_layers", None) or [])
+        try:
+            chosen = fp8_layers(moe_layers, settings)
+        except ValueError as error:
+            raise ValueError(f"fp8.{error}") from error
         if not chosen:
             raise ValueError(
                 f"fp8: no routed expert is left to run in FP8; {model.config.model_type} has the MoE layers "
-                f"{list(getattr(model.config, 'moe_layers', None) or [])}, and keep_first_and_last is "
-                f"{settings.keep_first_and_last}"
+                f"{moe_layers}, and keep_first_and_last is {settings.keep_first_and_last}"
             )
         blocks = {layer: model.model.layers[layer].feed_forward for layer in chosen}
         self.experts = {layer: block.experts for layer, block in blocks.items() if isinstance(block, MoeBlock)}

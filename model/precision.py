@@ -25,6 +25,7 @@ class Fp8Settings:
     # Raise it to give layers back to BF16 sooner.
     min_snr_db: float = 20.0
     keep_first_and_last: bool = True  # the first and the last MoE layer stay BF16, as in Meta's own FP8 checkpoints
+    layers: tuple[int, ...] | None = None  # exactly these MoE layers, whatever keep_first_and_last says
 
     def __post_init__(self) -> None:
         for key, accepted in (("recipe", get_args(Recipe)), ("gradients", get_args(Format))):
@@ -32,6 +33,14 @@ class Fp8Settings:
                 raise ValueError(f"fp8 {key} is {getattr(self, key)!r}; accepted: {', '.join(accepted)}")
 
 
-def fp8_layers(moe_layers: Sequence[int], keep_first_and_last: bool = True) -> tuple[int, ...]:
-    """Of the model's MoE layers (their numbers, ascending), those whose routed experts run in FP8."""
-    return tuple(moe_layers[1:-1] if keep_first_and_last else moe_layers)
+def fp8_layers(moe_layers: Sequence[int], settings: Fp8Settings) -> tuple[int, ...]:
+    """Of the model's MoE layers (their numbers, ascending), those whose routed experts run in FP8: the one place that
+    trainers, exports and checks of recipes ask. ValueError for a chosen layer that has no routed experts."""
+    if settings.layers is None:
+        return tuple(moe_layers[1:-1] if settings.keep_first_and_last else moe_layers)
+    if others := sorted(set(settings.layers) - set(moe_layers)):
+        raise ValueError(
+            f"layers: {list(settings.layers)}, but {others} have no routed experts; the MoE layers are "
+            f"{list(moe_layers)}: name some of these"
+        )
+    return tuple(layer for layer in moe_layers if layer in settings.layers)

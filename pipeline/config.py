@@ -166,6 +166,7 @@ class TrainSettings(Section):
 
 
 Coefficient = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+LayerNumber = Annotated[int, Field(ge=0)]
 
 
 class RouterSettings(Section):
@@ -197,7 +198,10 @@ class RlRouterSettings(RouterSettings):
 
 
 class Fp8Section(Section):
-    """FP8 in the routed experts' products; everything else stays as `dtype` says. Taught in model/kernels/fp8.py."""
+    """FP8 in the routed experts' products; everything else stays as `dtype` says. Taught in model/kernels/fp8.py.
+
+    `keep_first_and_last` and `layers` are two ways to say which layers; a recipe writes one of them.
+    """
 
     recipe: Fp8Recipe = Field(
         Fp8Settings.recipe, description="how many elements share a scale; finer costs scales and buys room for outliers"
@@ -212,6 +216,19 @@ class Fp8Section(Section):
         Fp8Settings.keep_first_and_last,
         description="leave out the first and the last MoE layer, where outliers live; false: all MoE layers in FP8",
     )
+    layers: list[LayerNumber] | None = Field(
+        None, min_length=1, description="exactly these MoE layers, counted from 0; null: as keep_first_and_last says. "
+        "Their routed experts only: router, attention, shared expert and dense layers have no FP8 path"
+    )  # fmt: skip
+
+    def settings(self) -> Fp8Settings:
+        layers = None if self.layers is None else tuple(self.layers)
+        return Fp8Settings(**self.model_dump(exclude={"layers"}), layers=layers)
+
+    def idle_keys(self) -> dict[str, str]:
+        if self.layers is None:
+            return {}
+        return {"fp8.keep_first_and_last": f"fp8.layers says which, {self.layers}"}
 
 
 class SftStage(Stage):
@@ -225,7 +242,7 @@ class SftStage(Stage):
     fp8: Fp8Section | None = Field(None, description="train the routed experts in FP8; null: in `train.dtype`")
 
     def idle_keys(self) -> dict[str, str]:
-        return self.router.idle_keys()
+        return self.router.idle_keys() | (self.fp8.idle_keys() if self.fp8 else {})
 
 
 Source = Literal["generators", "combine", "go_on", "extend", "wrap"]
@@ -464,6 +481,7 @@ class OnlineRlStage(Stage):
 
     def idle_keys(self) -> dict[str, str]:
         idle = self.router.idle_keys() | self.objective.idle_keys() | self.curriculum.idle_keys()
+        idle |= self.fp8.idle_keys() if self.fp8 else {}
         if not isinstance(self.tasks, DatasetTasks):
             idle["tasks.tasks_per_level"] = "the curriculum draws generated tasks without end"
             idle["curriculum.prefix_share"] = "no generated task comes twice"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.stage import DataError, RecipeError
 
 
-def export_checkpoint(source: str, target: str, *, recipe: str, all_layers: bool) -> None:
-    """Write the Llama 4 behind a path or hub id with FP8 experts. RecipeError for a word that is no recipe, DataError
-    for a checkpoint that cannot be served so."""
+def export_checkpoint(
+    source: str, target: str, *, recipe: str, all_layers: bool, layers: Sequence[int] | None = None
+) -> None:
+    """Write the Llama 4 behind a path or hub id with FP8 experts. RecipeError for options that say nothing or two
+    things at once, DataError for a checkpoint that cannot be served so."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -17,8 +20,14 @@ def export_checkpoint(source: str, target: str, *, recipe: str, all_layers: bool
     from model.fp8_export import export_fp8
     from model.precision import Fp8Settings
 
+    if layers and all_layers:
+        raise RecipeError(f"--layer {layers[0]} and --all-layers contradict each other; leave one of them out")
     try:
-        settings = Fp8Settings(recipe=recipe, keep_first_and_last=not all_layers)  # type: ignore[arg-type]
+        settings = Fp8Settings(
+            recipe=recipe,  # type: ignore[arg-type]
+            keep_first_and_last=not all_layers,
+            layers=tuple(layers) if layers else None,
+        )
     except ValueError as error:
         raise RecipeError(f"--recipe: {error}") from error
     if Path(target).exists():

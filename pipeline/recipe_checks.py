@@ -281,15 +281,21 @@ def _fp8_layers(recipe: Recipe) -> Iterator[str]:
             continue
         reference = stage.init if isinstance(stage, SftStage) else stage.policy
         layers = moe_layers_of(recipe, reference)
-        if layers is None or fp8_layers(layers, stage.fp8.keep_first_and_last):
+        if layers is None:
             continue
-        if layers:
+        if not layers:
+            yield f"stages.{stage.name}.fp8: {shown(reference)} is dense; FP8 is for routed experts: leave fp8 out."
+            continue
+        try:
+            chosen = fp8_layers(layers, stage.fp8.settings())
+        except ValueError as error:
+            yield f"stages.{stage.name}.fp8.{error}."
+            continue
+        if not chosen:
             yield (
                 f"stages.{stage.name}.fp8.keep_first_and_last: true, but {shown(reference)} has only the MoE layers "
-                f"{layers}: none is left for FP8; set it to false, or leave fp8 out."
+                f"{layers}: none is left for FP8; set it to false, name some in fp8.layers, or leave fp8 out."
             )
-        else:
-            yield f"stages.{stage.name}.fp8: {shown(reference)} is dense; FP8 is for routed experts: leave fp8 out."
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:

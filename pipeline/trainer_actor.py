@@ -106,7 +106,7 @@ class Reporter:
 
 
 def fp8_settings(section: Fp8Section | None) -> Fp8Settings | None:
-    return None if section is None else Fp8Settings(**section.model_dump())
+    return None if section is None else section.settings()
 
 
 def num_steps(train: TrainSettings, num_examples: int) -> int:

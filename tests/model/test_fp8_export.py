@@ -68,6 +68,18 @@ def test_what_stays_high_is_bit_for_bit_the_same(tmp_path, checkpoint):
         assert torch.equal(stored[f"model.layers.1.feed_forward.experts.{expert}.down_proj.weight"], first[expert].T)
 
 
+def test_exactly_the_chosen_layers_are_fp8_in_the_file_and_in_its_config(tmp_path, checkpoint):
+    """The first and the last of the three MoE layers, which are left out unless they are named."""
+    source, _ = checkpoint
+    export_fp8(source, tmp_path / "fp8", Fp8Settings(layers=(5, 1)))
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    fp8 = {name for name, tensor in stored.items() if tensor.dtype == torch.float8_e4m3fn}
+    assert {int(name.split(".")[2]) for name in fp8} == {1, 5} and {f"{name}_scale" for name in fp8} <= stored.keys()
+    assert len(fp8) == 2 * SHAPE.num_experts * 3
+    ignored = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["ignore"]
+    assert r"re:.*\.layers\.(0|2|3|4)\.feed_forward\..*" in ignored
+
+
 def test_refusals_name_what_was_seen(tmp_path, checkpoint):
     source, _ = checkpoint
     config = json.loads((source / "config.json").read_text())
@@ -79,3 +91,6 @@ def test_refusals_name_what_was_seen(tmp_path, checkpoint):
         (source / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=message):
             export_fp8(source, tmp_path / "fp8", Fp8Settings(recipe=recipe))
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"source: layers: \[4\], but \[4\] have no .* layers are \[1, 3, 5\]"):
+        export_fp8(source, tmp_path / "fp8", Fp8Settings(layers=(4,)))

@@ -4,11 +4,28 @@ import math
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Llama4TextConfig, LlamaConfig, LlamaForCausalLM
 
 from model.fp8_gauges import TensorStats, worst_of
 from model.fp8_training import Fp8Training
+from model.kernels.quantise import quantise
 from model.precision import Fp8Settings
+from model.transformer import MoeForCausalLM
+
+
+def tiny_moe() -> MoeForCausalLM:
+    """Random, with the MoE layers 1 and 3."""
+    torch.manual_seed(0)
+    config = Llama4TextConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=16, intermediate_size_mlp=32, num_hidden_layers=4,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=4, interleave_moe_layer_step=2,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    return MoeForCausalLM(config).train()
+
+
+def pass_and_back(model: MoeForCausalLM) -> None:
+    model(torch.randint(3, 32, (2, 9)), labels=torch.randint(3, 32, (2, 9))).loss.backward()
 
 
 def test_a_model_without_a_layer_for_fp8_is_refused():
@@ -17,6 +34,38 @@ def test_a_model_without_a_layer_for_fp8_is_refused():
     )
     with pytest.raises(ValueError, match=r"no routed expert is left .* llama has the MoE layers \[\]"):
         Fp8Training(dense, Fp8Settings(), print)
+    with pytest.raises(ValueError, match=r"fp8\.layers: \[2, 3\], but \[2\] have no .* layers are \[1, 3\]: name some"):
+        Fp8Training(tiny_moe(), Fp8Settings(layers=(2, 3)), print)
+
+
+def test_gauges_and_what_engines_get_follow_the_chosen_layers():
+    """Layer 3 is the last one, which keep_first_and_last would leave out."""
+    model, settings = tiny_moe(), Fp8Settings(layers=(3,))
+    fp8 = Fp8Training(model, settings, print)
+    assert model.model.layers[1].feed_forward.experts.precision is None
+    assert model.model.layers[3].feed_forward.experts.precision is settings
+    pass_and_back(model)
+    metrics = fp8.metrics()
+    assert metrics["fp8/layers"] == 1.0 and metrics["fp8/layer3/gate_up.weight/snr_db"] > 25
+    assert not any(key.startswith("fp8/layer1/") for key in metrics)
+
+    exact = dict(model.named_parameters())
+    served = dict(fp8.as_served(exact.items()))
+    chosen = {f"model.layers.3.feed_forward.experts.{part}" for part in ("gate_up_proj", "down_proj")}
+    assert {name for name in exact if not torch.equal(served[name], exact[name])} == chosen
+    for name in chosen:
+        assert torch.equal(served[name], quantise(exact[name].detach(), "row", axis=1).dequantise())
+
+
+def test_a_layer_that_fp8_hurts_leaves_the_chosen_ones_only():
+    model, said = tiny_moe(), []
+    fp8 = Fp8Training(model, Fp8Settings(layers=(3,), min_snr_db=100.0), said.append)
+    pass_and_back(model)
+    fp8.metrics()
+    assert fp8.layers == () and len(said) == 1 and said[0].startswith("layer 3 goes back to BF16")
+    assert fp8.metrics() == {"fp8/layers": 0.0}
+    exact = dict(model.named_parameters())
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in fp8.as_served(exact.items()))
 
 
 def test_the_worst_of_several_trainers_counts():
@@ -31,22 +80,12 @@ def test_the_worst_of_several_trainers_counts():
 
 def test_two_trainers_leave_fp8_together():
     """The other one saw a bad layer 1: this one, whose own tensors are fine, leaves it too."""
-    from transformers import Llama4TextConfig
-
-    from model.transformer import MoeForCausalLM
-
-    torch.manual_seed(0)
-    config = Llama4TextConfig(
-        vocab_size=32, hidden_size=16, intermediate_size=16, intermediate_size_mlp=32, num_hidden_layers=4,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_local_experts=4, interleave_moe_layer_step=2,
-        pad_token_id=0, bos_token_id=1, eos_token_id=2, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
-    )  # fmt: skip
-    model = MoeForCausalLM(config).train()
+    model = tiny_moe()
     bad = TensorStats(amax=1.0, saturation_share=0.0, underflow_share=0.9, snr_db=1.0)
     said: list[str] = []
     settings = Fp8Settings(keep_first_and_last=False)
     fp8 = Fp8Training(model, settings, said.append, gather=lambda own: [own, {1: {"down.input": bad}, 3: {}}])
-    model(torch.randint(3, 32, (2, 9)), labels=torch.randint(3, 32, (2, 9))).loss.backward()
+    pass_and_back(model)
     metrics = fp8.metrics()
     assert fp8.layers == (3,) and len(said) == 1 and said[0].startswith("layer 1 goes back to BF16")
     assert metrics["fp8/layer1/down.input/snr_db"] == 1.0 and metrics["fp8/layer3/down.input/snr_db"] > 25

@@ -14,10 +14,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from model.precision import Fp8Settings
 from pipeline.config import Recipe
 from pipeline.plan import make_plan, render
 from pipeline.recipe import check, evaluation_recipe, load, resolved_yaml
 from pipeline.stage import RecipeError
+from pipeline.trainer_actor import fp8_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = sorted((ROOT / "tests" / "broken_recipes").glob("*.yaml"))
@@ -199,6 +201,28 @@ def test_routers_are_frozen_in_rl_and_trained_in_sft_unless_the_recipe_says_othe
     assert check(recipe.model_dump(mode="json")) == recipe
     data["stages"][2]["router"] = {"learning_rate_scale": 0.5}
     assert "stages.climb.router.learning_rate_scale: has no effect here: only policy low_lr" in refusal(data)
+
+
+def test_the_scope_of_fp8_is_the_recipes_to_say(monkeypatch: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    data = five_stages()
+    for stage, key in ((data["stages"][1], "init"), (data["stages"][2], "policy")):
+        stage[key] = "recipes/tiny_base/"
+        stage["fp8"] = {"layers": [3]}
+    recipe = check(data)
+    for name in ("warm", "climb"):
+        assert fp8_settings(recipe.stage(name).fp8) == Fp8Settings(layers=(3,))
+    saved = recipe.model_dump(mode="json")
+    assert "keep_first_and_last" not in saved["stages"][2]["fp8"] and check(saved) == recipe
+    data["stages"][1]["fp8"] = {"layers": [1, 2]}
+    data["stages"][2]["fp8"] = {"layers": [3], "keep_first_and_last": False}
+    text = refusal(data)
+    assert (
+        "stages.warm.fp8.layers: [1, 2], but [2] have no routed experts; the MoE layers are [1, 3]: name some" in text
+    )
+    assert "stages.climb.fp8.keep_first_and_last: has no effect here: fp8.layers says which, [3]; leave it out" in text
+    data["stages"][2]["fp8"] = {"layers": []}
+    assert "stages.climb.fp8.layers: " in refusal(data)
 
 
 def test_at_least_twenty_broken_recipes_are_kept() -> None:

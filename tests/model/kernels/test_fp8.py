@@ -350,8 +350,14 @@ def test_what_no_kernel_does_exactly_is_refused_with_reasons(changes, told):
 
 
 def test_settings():
-    assert fp8_layers([1, 3, 5, 7]) == (3, 5) and fp8_layers([1, 3], keep_first_and_last=False) == (1, 3)
-    assert fp8_layers([1]) == ()
+    everywhere = Fp8Settings(keep_first_and_last=False)
+    assert fp8_layers([1, 3, 5, 7], Fp8Settings()) == (3, 5) and fp8_layers([1, 3], everywhere) == (1, 3)
+    assert fp8_layers([1], Fp8Settings()) == ()
+    assert fp8_layers([1, 3, 5, 7], Fp8Settings(layers=(7, 3))) == (3, 7), "the last one too, since it is named"
+    with pytest.raises(
+        ValueError, match=r"layers: \[3, 4\], but \[4\] have no routed .* layers are \[1, 3\]: name some"
+    ):
+        fp8_layers([1, 3], Fp8Settings(layers=(3, 4)))
     with pytest.raises(ValueError, match="recipe is 'rows'; accepted: tensor, row, block128"):
         Fp8Settings(recipe="rows")
     with pytest.raises(ValueError, match="gradients is 'e3m4'; accepted: e4m3, e5m2"):
