@@ -2,8 +2,8 @@
 
     begin_step(all micro-batches) ─▶ loss(routes) once per micro-batch ─▶ optimiser ─▶ end_step() → metrics
 
-Called by `rl/learner.py` and `pipeline/sft.py`. For a model without routers, or one whose forward does not report its
-routes, every call is there and does nothing.
+Called by `rl/learner.py`, `pipeline/sft.py` and `pipeline/dpo.py`. For a model without routers, or one whose forward
+does not report its routes, every call is there and does nothing.
 """
 
 from __future__ import annotations

@@ -203,16 +203,37 @@ def preference_metrics(before: dict[str, float], after: dict[str, float], beta: 
 
 
 def dpo_trainer(model: Any, tokenizer: Any, pairs: list[Pair], job: DpoJob, reporter: Reporter, scratch: str) -> Any:
-    """TRL's trainer on the sampled token ids, with a LoRA on the layers that `lora.targets` names."""
+    """TRL's trainer on the sampled token ids, with a LoRA on the layers that `lora.targets` names. Routers are frozen
+    but read what the LoRA moves, so they are watched as in the sft stage."""
+    import torch
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
     from trl.trainer.utils import FusedCausalLMOutput
 
+    from model.router import Route
+    from model.router_watch import RoutedBatch, RouterWatch
+
     class TokenDpoTrainer(DPOTrainer):
+        routers: RouterWatch
+
         def _prepare_dataset(self, dataset: Any, *unused: Any) -> Any:
             return dataset  # TRL would decode and encode; its collator takes the ids as they are
 
+        def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+            """All micro-batches of an optimiser step."""
+            batches, num_items = super().get_batch_samples(*args)
+            if batches:
+                self.routers.begin_step([RoutedBatch(b["input_ids"], b["attention_mask"]) for b in batches])
+            return batches, num_items
+
+        def count(self, routes: tuple[Route, ...]) -> None:
+            """The reference and the measured pairs pass through the same model, but without gradients."""
+            if torch.is_grad_enabled():
+                self.routers.loss(routes)  # of routers that do not learn: it only counts
+
         def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+            if "loss" in logs:
+                logs |= self.routers.end_step()
             super().log(logs, start_time)
             reporter.step(self.state.global_step, self.state.max_steps, logs)
 
@@ -230,7 +251,9 @@ def dpo_trainer(model: Any, tokenizer: Any, pairs: list[Pair], job: DpoJob, repo
         processing_class=tokenizer,
         peft_config=lora,
     )
-    use_our_logprobs(trainer.model.get_base_model(), FusedCausalLMOutput)
+    policy = trainer.model.get_base_model()  # with the LoRA in its layers, whose first state drift is measured from
+    trainer.routers = RouterWatch(policy, balance_coef=0.0, z_coef=0.0, autocast=trainer.accelerator.autocast)
+    use_our_logprobs(policy, FusedCausalLMOutput, trainer.count)
     return trainer
 
 

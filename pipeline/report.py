@@ -260,8 +260,9 @@ PREFERENCE_CURVES: list[tuple[str, str, Row]] = [
 def tidied(run: RunReader, stage: StageView, folder: Path) -> Row | None:
     """The preference pass: what its pairs were, and its curves, in TRL's names."""
     pairs = Counter(str(row.get("category")) for row in run.parquet(folder / "pairs.parquet", ["category"]))
-    figures = _curves(run.json_lines(folder / "losses.jsonl"), PREFERENCE_CURVES)
-    return {"figures": figures, "pairs": pairs} if figures or pairs else None
+    losses = run.json_lines(folder / "losses.jsonl")
+    figures = _curves(losses, PREFERENCE_CURVES)
+    return {"figures": figures, "pairs": pairs, "routers": router_panel(losses)} if figures or pairs else None
 
 
 CURVES: list[tuple[str, str, Row]] = [

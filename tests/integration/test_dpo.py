@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from math import log
 
@@ -133,6 +134,75 @@ def test_activation_checkpointing_changes_no_number(tmp_path, monkeypatch):
         files = [(job.work / name).read_bytes() for name in ("losses.jsonl", "checkpoint/model.safetensors")]
         seen.append(({key: value for key, value in metrics.items() if not key.endswith(("_s", "seconds"))}, files))
     assert recomputed and seen[0] == seen[1]
+
+
+def trainer_for(job: DpoJob, tmp_path):
+    from model.checkpoint import load_policy
+    from model.tokenizer import load_tokenizer
+
+    model, tokenizer = load_policy(job.checkpoint, "float32"), load_tokenizer(job.checkpoint)
+    return dpo_trainer(model, tokenizer, read_pairs(job.pairs), job, Reporter(job.work), str(tmp_path / "scratch"))
+
+
+def losses(job: DpoJob) -> list[dict]:
+    return [json.loads(line) for line in (job.work / "losses.jsonl").read_text().splitlines()]
+
+
+def test_gauges_of_routers_are_those_of_the_policys_own_passes(tmp_path):
+    """A step at a learning rate of nothing: where the tokens go is known by one pass of the checkpoint."""
+    import torch
+
+    from model.checkpoint import load_policy
+    from model.router import routes_of
+    from model.router_gauges import RouterLoad, named
+
+    job = job_for(tmp_path, "llama4", count=8, epochs=1, learning_rate=1e-30)
+    trainer = trainer_for(job, tmp_path)
+    trainer.train()
+    model, load = load_policy(job.checkpoint, "float32"), RouterLoad()
+    for pair in read_pairs(job.pairs):
+        for answer_ids in (pair.chosen_ids, pair.rejected_ids):
+            ids = torch.tensor([pair.prompt_ids + answer_ids])
+            load.add(routes_of(model, ids, torch.ones_like(ids, dtype=torch.bool)))
+    (step,) = losses(job)
+    expected = named(load.by_layer(), model.config.moe_layers)
+    assert len(expected) == 3 * (1 + len(model.config.moe_layers))
+    assert {key: step[key] for key in expected} == pytest.approx(expected)
+    assert step["router/drift"] == 0.0 and step["router/moved"] == 0.0
+    # Shares are the same where passes are counted twice; sums are not.
+    assert torch.equal(trainer.routers.load.sums, load.sums)
+
+
+def test_neither_the_reference_nor_measured_pairs_are_counted_and_what_the_lora_does_to_routing_is_seen(tmp_path):
+    job = job_for(tmp_path, "llama4", count=8, epochs=3)
+    trainer = trainer_for(job, tmp_path)
+    trainer.evaluate(trainer.train_dataset)
+    assert trainer.routers.load.sums is None
+    trainer.train()
+    num_tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for p in read_pairs(job.pairs))
+    assert trainer.routers.load.sums[:, :-3].sum(1).tolist() == [num_tokens, num_tokens], "a whole step, once"
+    trainer.evaluate(trainer.train_dataset)
+    assert trainer.routers.load.sums[:, :-3].sum(1).tolist() == [num_tokens, num_tokens]
+    drift = [step["router/drift"] for step in losses(job)]
+    assert len(drift) == 3 and 0 < drift[0] < drift[-1]
+
+
+def test_cutting_the_batch_into_micro_batches_does_not_change_the_loss_or_the_gauges(tmp_path):
+    def run(name: str, micro: int) -> list[dict]:
+        (tmp_path / name).mkdir()
+        job = job_for(tmp_path / name, "llama4", count=8, micro_batch_examples=micro, epochs=3)
+        trainer_for(job, tmp_path / name).train()
+        return losses(job)
+
+    whole, cut = run("whole", 8), run("cut", 2)
+    for key in ("loss", "router/max_vio", "router/drift"):
+        assert [step[key] for step in cut] == pytest.approx([step[key] for step in whole], abs=1e-4)
+
+
+def test_a_dense_model_is_trained_without_router_metrics(tmp_path):
+    job = job_for(tmp_path, "dense", count=4, epochs=1)
+    trainer_for(job, tmp_path).train()
+    assert not any(key.startswith("router") for key in losses(job)[0])
 
 
 def test_lora_reaches_attention_dense_mlp_and_shared_expert_and_neither_router_nor_routed_experts(tmp_path):

@@ -143,16 +143,16 @@ def router_rows(layers: list[int]) -> list[dict]:
     return [row | {"step": i, "loss": 0.5} for i, row in enumerate(rows, 1)]
 
 
-def test_what_the_routers_did_is_drawn_by_layer_in_sft_and_rl(tmp_path):
+def test_what_the_routers_did_is_drawn_by_layer_in_every_training_stage(tmp_path):
     whole_run(tmp_path)
     assert "routers sent" not in write_report(tmp_path).read_text(), "nothing was recorded"
-    for stage, file in (("warm", "losses.jsonl"), ("climb", "steps.jsonl")):
+    for stage, file in (("warm", "losses.jsonl"), ("climb", "steps.jsonl"), ("tidy", "losses.jsonl")):
         rows = router_rows([1, 3])
         (tmp_path / stage / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     page = write_report(tmp_path).read_text()
-    assert page.count("Where its routers sent the tokens") == 2
-    assert page.count("layer 1</span>") == page.count("layer 3</span>") == 2
-    assert page.count("drift since the start (JS, nats)</text>") == 2 and "agreement with" not in page
+    assert page.count("Where its routers sent the tokens") == 3
+    assert page.count("layer 1</span>") == page.count("layer 3</span>") == 3
+    assert page.count("drift since the start (JS, nats)</text>") == 3 and "agreement with" not in page
 
 
 def test_of_many_router_layers_the_worst_is_drawn():
