@@ -1,7 +1,10 @@
 """A checkpoint whose routed experts are FP8, as vLLM serves it on GPUs: compressed-tensors, one matrix an expert.
 
 Weights and scales are those that training with the same recipe multiplies by; activations are quantised by the engine,
-as they come. Not measured on a GPU: the file format is held against compressed-tensors and vLLM's own loader.
+as they come. Tested on a CPU: compressed-tensors decompresses the file to the weights of training, and vLLM's loader
+puts every tensor of a text model where its FP8 experts read it (`tests/integration/test_fp8_served.py`). Not tested:
+vLLM's FP8 kernels, which need a GPU, and its multimodal class, which needs torchvision; of that one only the names that
+the config excludes are.
 """
 
 from __future__ import annotations

@@ -1,14 +1,108 @@
-"""Does vLLM take an FP8 checkpoint for what it is? Its parser of the config is asked; the kernels need a GPU."""
+"""Does vLLM take an FP8 checkpoint for what it is? Its parser of the config is asked, and its loader is given the file;
+no engine is started. Not asked: its FP8 kernels, which need a GPU, and its multimodal Llama 4, which needs torchvision.
+"""
+
+import json
+import os
+from unittest.mock import patch
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Llama4TextConfig
 
 from model.config import TinyShape, tiny
-from model.fp8_export import quantization_config
+from model.fp8_export import export_fp8, quantization_config
+from model.kernels.quantise import quantise
+from model.precision import Fp8Settings
+from model.tensor_map import parameters
 
-SHAPE = TinyShape(num_layers=6)
+SHAPE = TinyShape(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=32, expert_size=256,
+                  dense_size=64, num_experts=4)  # fmt: skip
+MOE_LAYERS = (1, 3, 5)
 LAYER = 3
+
+
+def save_random(directory):
+    """A tiny Llama 4 in BF16; returns its tensors."""
+    config = Llama4TextConfig(**tiny(SHAPE, vocab_size=64)).to_dict() | {"architectures": ["Llama4ForCausalLM"]}
+    torch.manual_seed(0)
+    weights = {spec.name: torch.randn(spec.shape).to(torch.bfloat16) for spec in parameters(config)}
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return weights
+
+
+def loaded_by_vllm(directory, tmp_path):
+    """The parameters of vLLM's own model once vLLM's own loader has read the checkpoint, before any kernel packs them.
+    KeyError for a tensor that lands nowhere, ValueError for a parameter that no tensor is for."""
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.utils.torch_utils import set_default_torch_dtype
+
+    with patch.dict(os.environ):  # vLLM sets variables for the engine that would follow
+        config = EngineArgs(
+            model=str(directory), skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", max_model_len=64
+        ).create_engine_config()
+        with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
+            try:
+                init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
+                initialize_model_parallel()
+                model = initialize_model(config)
+                loader = DefaultModelLoader(config.load_config)
+                loader.enable_weights_track = True  # on its own vLLM asks this of unquantised models only
+                loader.load_weights(model, config.model_config)
+            finally:
+                cleanup_dist_env_and_memory()
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def dequantised(weight_ENK, scale):
+    """A parameter of vLLM's FP8 experts times its scale, which stands for a whole matrix, a row or a block."""
+    scale = scale.reshape(len(weight_ENK), -1, scale.shape[2] if scale.ndim == 3 else 1)
+    for axis in (1, 2):
+        scale = scale.repeat_interleave(weight_ENK.shape[axis] // scale.shape[axis], axis)
+    return weight_ENK.float() * scale
+
+
+@pytest.mark.parametrize(("recipe", "layers"), [("tensor", None), ("row", None), ("block128", None), ("row", (1, 5))])
+def test_the_loader_of_vllm_puts_every_tensor_where_its_fp8_experts_read_it(tmp_path, recipe, layers):
+    weights = save_random(tmp_path / "source")
+    export_fp8(tmp_path / "source", tmp_path / "fp8", Fp8Settings(recipe=recipe, layers=layers))
+    loaded = loaded_by_vllm(tmp_path / "fp8", tmp_path)
+    for layer in MOE_LAYERS:
+        ours, theirs = f"model.layers.{layer}.feed_forward", f"model.layers.{layer}.feed_forward.experts.routed_experts"
+        assert torch.equal(loaded[f"{ours}.router.weight"], weights[f"{ours}.router.weight"])
+        for fused, name in (("gate_up_proj", "w13_weight"), ("down_proj", "w2_weight")):
+            whole_EKN = weights[f"{ours}.experts.{fused}"]
+            stored_ENK = loaded[f"{theirs}.{name}"]
+            if layer in (layers or (LAYER,)):
+                assert stored_ENK.dtype == torch.float8_e4m3fn
+                multiplied_EKN = quantise(whole_EKN.float(), recipe, axis=1).dequantise()
+                stored_ENK = dequantised(stored_ENK, loaded[f"{theirs}.{name}_scale"])
+                assert torch.equal(stored_ENK, multiplied_EKN.transpose(1, 2))
+            else:
+                assert f"{theirs}.{name}_scale" not in loaded
+                assert torch.equal(stored_ENK, whole_EKN.transpose(1, 2))
+
+
+def test_the_loader_of_vllm_misses_a_scale_and_refuses_a_name_of_another_format(tmp_path):
+    """What the test above rests on."""
+    save_random(tmp_path / "source")
+    export_fp8(tmp_path / "source", tmp_path / "fp8", Fp8Settings())
+    file = tmp_path / "fp8" / "model.safetensors"
+    stored = {name: tensor.clone() for name, tensor in load_file(file).items()}  # the file is written over
+    scales = [name for name in stored if name.endswith("_scale")]
+    save_file({name: tensor for name, tensor in stored.items() if name not in scales}, file)
+    with pytest.raises(ValueError, match=r"not initialized.*layers\.3\.feed_forward\.experts.*_weight_scale"):
+        loaded_by_vllm(tmp_path / "fp8", tmp_path)
+    save_file({name.replace("weight_scale", "weight_scale_inv"): tensor for name, tensor in stored.items()}, file)
+    with pytest.raises(KeyError, match="weight_scale_inv"):
+        loaded_by_vllm(tmp_path / "fp8", tmp_path)
 
 
 @pytest.mark.parametrize("recipe", ["tensor", "row", "block128"])
