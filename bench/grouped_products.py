@@ -3,14 +3,14 @@
     python bench/grouped_products.py [--seconds 8]
 
 GFLOP/s on one core in fp32, rows routed uniformly at random, the fastest call of each; contenders take turns. Rows and
-results are others at every call, so that they come from memory as they do in training. `torch.mm`: the same module as
+results are others at every call, so that they come from memory as they do in training; the allocator keeps what is
+freed (`kept_memory.py`). `torch.mm`: the same module as
 without a compiler (DROVER_COMPILED=0). docs/log.md has the figures and what was tried.
 """
 
 from __future__ import annotations
 
 import itertools
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import kept_memory
+
 if __name__ == "__main__":
-    os.environ["OMP_NUM_THREADS"] = "1"
+    kept_memory.keep_memory_and_one_thread()
 
 import torch  # noqa: E402
 import typer  # noqa: E402

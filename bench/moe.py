@@ -14,9 +14,8 @@ Every row routes the same tokens (uniformly at random) to E experts of one SwiGL
   bytes      the same of the bytes alone
   memory     of one forward + backward above what was there before: ours, transformers'
 
-The allocator keeps freed memory (MALLOC_ variables, set below for this process, so for all contenders): a page that is
-touched for the first time costs a virtual machine several times what it costs to write to it, and the gradients of many
-experts are many pages. Minimum of the runs, contenders taking turns.
+The allocator keeps freed memory, for all contenders alike (`kept_memory.py`). Minimum of the runs, contenders taking
+turns.
 """
 
 from __future__ import annotations
@@ -32,9 +31,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-ALLOCATOR = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
-if __name__ == "__main__" and os.environ.get("MALLOC_MMAP_MAX_") != "0":
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | ALLOCATOR | {"OMP_NUM_THREADS": "1"})
+import kept_memory
+
+if __name__ == "__main__":
+    kept_memory.keep_memory_and_one_thread()
 
 import torch  # noqa: E402
 import typer  # noqa: E402
