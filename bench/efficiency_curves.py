@@ -21,6 +21,7 @@ STYLE = (
     "text{font:10.5px sans-serif;fill:#555} .title{font-size:12px;font-weight:600;fill:#111} .grid{stroke:#ddd} "
     ".line{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round} .fill{fill:currentColor}"
 )
+EASY = (1, 2)  # levels
 FIT_POINTS = 6  # a curve of fewer is not fitted
 
 Curve = list[dict[str, Any]]
@@ -34,13 +35,14 @@ def table(
 ) -> None:
     """Print a table a pool, median of the seeds and their range, and one of the trials; draw the curves."""
     known = json.loads(runs.read_text())
-    at_start = {pool: statistics.fmean(scores.values()) for pool, scores in known["at_start"].items()}
+    starts: dict[str, list[dict[str, Any]]] = {pool: [*some.values()] for pool, some in known["at_start"].items()}
+    at_start = {pool: statistics.fmean(one["pass_at_1"] for one in some) for pool, some in starts.items()}
     curves, trials = by_arm(known["runs"], trials=False), by_arm(known["runs"], trials=True)
     console = Console(width=160)
     for title, some in (("", curves), ("trials of ", trials)):
         for pool, arms in some.items():
             heading = f"{title}pool {pool}, {at_start[pool]:.3f} at the start: {shape_text(known['pools'][pool])}"
-            console.print(pool_table(heading, arms, target, at_start[pool]))
+            console.print(pool_table(heading, arms, target, at_start[pool], starts[pool]))
     for machine in sorted({run["machine"] for run in known["runs"]}):
         print(machine)
     if picture:
@@ -60,9 +62,13 @@ def shape_text(shape: dict[str, Any]) -> str:
     return ", ".join(f"{rates}: {share:.0%}" for rates, share in shape["shares"].items())
 
 
-def pool_table(title: str, arms: dict[str, list[Curve]], targets: list[float], at_start: float) -> Table:
+def pool_table(
+    title: str, arms: dict[str, list[Curve]], targets: list[float], at_start: float, starts: list[dict[str, Any]]
+) -> Table:
     columns = [f"{what} to {goal:g}" for goal in targets for what in ("tokens", "seconds")]
-    shown = Table("arm", "seeds", *columns, "pass@1, 8, 32 at its end", "end, middle, slope of the fit", title=title)
+    ends = ("pass@1, 8, 32 at its end", f"levels {EASY[0]} to {EASY[-1]}", "end, middle, slope of the fit")
+    shown = Table("arm", "seeds", *columns, *ends, title=title)
+    shown.add_row("the start", "", *([""] * len(columns)), *end_texts(starts), "")
     for arm, curves in arms.items():
         cells = []
         for goal in targets:
@@ -70,10 +76,18 @@ def pool_table(title: str, arms: dict[str, list[Curve]], targets: list[float], a
                 values = sorted(needed(curve, key, goal, at_start) / unit for curve in curves)
                 most = max(curve[-1][key] for curve in curves) / unit
                 cells.append(spread(values, "k" if unit > 1 else "s", most))
-        ends = [curve[-1]["at_end"] for curve in curves if "at_end" in curve[-1]]
-        end = ", ".join(f"{statistics.median(one[k] for one in ends):.3f}" for k in ("1", "8", "32") if ends)
-        shown.add_row(arm, f"{len(curves)}", *cells, end, fit_text(curves, at_start))
+        shown.add_row(
+            arm, f"{len(curves)}", *cells, *end_texts([curve[-1] for curve in curves]), fit_text(curves, at_start)
+        )
     return shown
+
+
+def end_texts(points: list[dict[str, Any]]) -> tuple[str, str]:
+    """pass@k, and pass@1 of the easiest levels, which a run on hard prompts might forget: medians of the seeds."""
+    at_end = [point["at_end"] for point in points if "at_end" in point]
+    easy = [statistics.fmean(point["levels"][str(level)] for level in EASY) for point in points if "levels" in point]
+    passes = (f"{statistics.median(one[k] for one in at_end):.3f}" for k in ("1", "8", "32") if at_end)
+    return ", ".join(passes), f"{statistics.median(easy):.3f}" if easy else ""
 
 
 def needed(curve: Curve, key: str, target: float, start: float) -> float:
@@ -136,7 +150,7 @@ def fit_text(curves: list[Curve], at_start: float) -> str:
 
 def draw(runs: Curves, at_start: dict[str, float], picture: Path) -> None:
     """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run; without the arms that lack a lever."""
-    runs = {pool: {arm: of for arm, of in arms.items() if "-" not in arm} for pool, arms in runs.items()}
+    runs = {pool: {arm: of for arm, of in arms.items() if arm.isalnum()} for pool, arms in runs.items()}
     arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
     parts = [
         f'<circle class="fill c{colour}" cx="{14 + 90 * i}" cy="12" r="4"/><text x="{22 + 90 * i}" y="16">{arm}</text>'

@@ -108,15 +108,43 @@ def held_out(folder: Path, pool: str, count: int = HELD_OUT_TASKS) -> dict[str, 
     return {"domains": list(BEYOND), "levels": [1, 10], "tasks_per_level": per_level, "split": "held_out"}
 
 
-def score_at_start(folder: Path, pool: str) -> float:
-    """Held-out pass@1 of the model that all arms begin with."""
-    place = start_folder(folder, pool) / "held_out"
-    if not (place / "run" / "begin" / "COMPLETE").exists():
-        stage = {"name": "begin", "kind": "evaluate", "policies": [f"{starting_point(folder, pool)}/"],
-                 "tasks": held_out(folder, pool), "k": [1], "samples": HELD_OUT_SAMPLES, "engines": 2}  # fmt: skip
-        pinned_run.run({"run": {"name": "begin", "seed": 1}, "stages": [stage]}, place)
-    results = json.loads((place / "run" / "begin" / "results.json").read_text())
-    return results["policies"][0]["pass_at_k"]["1"]["value"]
+def held_out_scores(
+    place: Path, checkpoints: list[Path], folder: Path, pool: str, at_end: bool = True
+) -> list[dict[str, Any]]:
+    """Of each checkpoint pass@1, of all, by domain and by level; of the last one pass@k too, under `at_end`."""
+    stages: list[dict[str, Any]] = [
+        {"name": "curve", "kind": "evaluate", "policies": [f"{path}/" for path in checkpoints], "k": [1], "engines": 2,
+         "samples": HELD_OUT_SAMPLES, "tasks": held_out(folder, pool)}
+    ]  # fmt: skip
+    if at_end:
+        fewer = held_out(folder, pool, HELD_OUT_TASKS // 2)
+        stages.append(
+            stages[0] | {"name": "last", "policies": [f"{checkpoints[-1]}/"], "k": [1, 8, 32], "samples": 32,
+                         "tasks": fewer}
+        )  # fmt: skip
+    run_dir = place / "run"
+    if not (run_dir / stages[-1]["name"] / "COMPLETE").exists():
+        run_dir = pinned_run.run({"run": {"name": "curve", "seed": 1}, "stages": stages}, place)
+    by_stage = [json.loads((run_dir / stage["name"] / "results.json").read_text())["policies"] for stage in stages]
+    scores: list[dict[str, Any]] = [
+        {"pass_at_1": values(result["pass_at_k"])["1"],
+         **{parts: {name: values(passes)["1"] for name, passes in result[parts].items()}
+            for parts in ("domains", "levels")}}
+        for result in by_stage[0]
+    ]  # fmt: skip
+    if at_end:
+        scores[-1]["at_end"] = values(by_stage[1][0]["pass_at_k"])
+    return scores
+
+
+def values(pass_at_k: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {k: estimate["value"] for k, estimate in pass_at_k.items()}
+
+
+def scores_at_start(folder: Path, pool: str) -> dict[str, Any]:
+    """Of the model that all arms begin with."""
+    (scores,) = held_out_scores(start_folder(folder, pool) / "held_out", [starting_point(folder, pool)], folder, pool)
+    return scores
 
 
 def cell_rates(folder: Path, pool: str) -> dict[str, float]:

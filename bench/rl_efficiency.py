@@ -12,6 +12,7 @@ levels alike, which no arm ever sees. What an arm needs is read off where its cu
 
 Arms: A    TRL's GRPOTrainer, uniform              B    ours, uniform, the settings of A
       C    ours in full                            C-x  ours in full without lever x
+      B+x  ours uniform, and lever x alone           C+x  ours in full, and x more or in the place of another
 Pools, in `efficiency_pools.py`: dead, filtered, gym.
 """
 
@@ -49,6 +50,7 @@ FULL: dict[str, Any] = {
     "learning_rate": 5.0e-4,
     "max_staleness": 0,
     "updates_per_step": 2,
+    "warmup_steps": 0,
     "last_rate_share": 0.2,
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
                    "gate": "speed", "screen": 4, "rare_answers": 0},
@@ -60,10 +62,25 @@ LEVERS: dict[str, dict[str, Any]] = {
     "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
     "second_update": {"updates_per_step": 1},
+    "full_rate_at_once": {"warmup_steps": 3},
     "decline": {"last_rate_share": 1.0},
     "small_groups": {"group_size": 16},
     "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3},
     "fresh_answers": {"max_staleness": 2},
+    "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
+}
+ALONE: dict[str, dict[str, Any]] = {
+    "selection": {"curriculum": FULL["curriculum"]},
+    "second_update": {"updates_per_step": 2},
+    "small_batches": {name: FULL[name] for name in ("groups_per_step", "group_size", "learning_rate")},
+}
+MORE: dict[str, dict[str, Any]] = {
+    "max_rl": {"objective": {"advantage": "max_rl"}},
+    "renewal": {"curriculum": {"renew": {"every_steps": 5}}},
+    "knapsack": {"curriculum": {"allocator": "knapsack", "gate": "none"}},
+    "replay": {"max_staleness": 2, "curriculum": {"replay_steps": 2}},
+    "pools": {"curriculum": {"sampler": "pools"}},
+    "dapo": {"curriculum": {"gate": "dapo"}},
 }
 
 
@@ -71,7 +88,7 @@ LEVERS: dict[str, dict[str, Any]] = {
 def run(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
     pools: Annotated[list[str], typer.Option(help=" | ".join(efficiency_pools.POOLS))] = ["dead", "filtered"],  # noqa: B006
-    arms: Annotated[list[str], typer.Option(help="A | B | C | C-<lever>")] = ["A", "B", "C"],  # noqa: B006
+    arms: Annotated[list[str], typer.Option(help="A | B | B+<lever> | C | C-<lever> | C+<lever>")] = ["A", "B", "C"],  # noqa: B006
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
     settings: Annotated[str, typer.Option(help="YAML over an arm's stage, for a trial: '{learning_rate: 8e-4}'.")] = "",
@@ -101,12 +118,14 @@ def run(
 
 def stage_of(arm: str, pool: str) -> dict[str, Any]:
     """What an arm's stage says beyond what all have in common."""
-    if arm == "B":
-        return SHARED[pool] | {"max_staleness": 2, "curriculum": UNIFORM}
-    letter, _, lever = arm.partition("-")
-    if letter != "C" or (lever and lever not in LEVERS):
-        raise typer.BadParameter(f"{arm} is no arm; there are A, B, C, {', '.join(f'C-{name}' for name in LEVERS)}")
-    return changed(FULL, LEVERS[lever]) if lever else FULL
+    uniform = SHARED[pool] | {"max_staleness": 2, "curriculum": UNIFORM}
+    arms = {"B": uniform, "C": FULL}
+    arms |= {f"B+{name}": uniform | lever for name, lever in ALONE.items()}
+    arms |= {f"C-{name}": changed(FULL, lever) for name, lever in LEVERS.items()}
+    arms |= {f"C+{name}": changed(FULL, lever) for name, lever in MORE.items()}
+    if arm not in arms:
+        raise typer.BadParameter(f"{arm} is no arm; there are A, {', '.join(arms)}")
+    return arms[arm]
 
 
 def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -155,29 +174,12 @@ def trl_run(
 
 def evaluated(place: Path, rows: list[dict[str, Any]], folder: Path, pool: str, trial: bool) -> list[dict[str, Any]]:
     """The curve, and but for a trial pass@k at its end. Of all checkpoints but the last only the scores are kept."""
-    checkpoints = {row["step"]: place / "checkpoints" / f"step-{row['step']:06}" for row in rows}
-    many = {"name": "curve", "kind": "evaluate", "policies": [f"{path}/" for path in checkpoints.values()],
-            "tasks": efficiency_pools.held_out(folder, pool), "k": [1], "samples": efficiency_pools.HELD_OUT_SAMPLES,
-            "engines": 2}  # fmt: skip
-    fewer = efficiency_pools.held_out(folder, pool, efficiency_pools.HELD_OUT_TASKS // 2)
-    last = many | {"name": "last", "policies": [f"{list(checkpoints.values())[-1]}/"], "tasks": fewer,
-                   "k": [1, 8, 32], "samples": 32}  # fmt: skip
-    stages = [many] if trial else [many, last]
-    recipe = {"run": {"name": "curve", "seed": 1}, "stages": stages}
-    run_dir = pinned_run.run(recipe, place / "evaluated")
-    results = json.loads((run_dir / "curve" / "results.json").read_text())["policies"]
-    curve = [
-        {"step": row["step"], "generated_tokens": row["generated_tokens"], "seconds": row["seconds"],
-         "pass_at_1": result["pass_at_k"]["1"]["value"],
-         "domains": {name: passes["1"]["value"] for name, passes in result["domains"].items()}}
-        for row, result in zip(rows, results, strict=True)
-    ]  # fmt: skip
-    if not trial:
-        at_end = json.loads((run_dir / "last" / "results.json").read_text())["policies"][0]["pass_at_k"]
-        curve[-1]["at_end"] = {k: estimate["value"] for k, estimate in at_end.items()}
-    for path in list(checkpoints.values())[:-1]:
+    checkpoints = [place / "checkpoints" / f"step-{row['step']:06}" for row in rows]
+    scores = efficiency_pools.held_out_scores(place / "evaluated", checkpoints, folder, pool, at_end=not trial)
+    for path in checkpoints[:-1]:
         shutil.rmtree(path)
-    return curve
+    spent = ("step", "generated_tokens", "seconds")
+    return [{name: row[name] for name in spent} | of_row for row, of_row in zip(rows, scores, strict=True)]
 
 
 # --- what it adds up to -------------------------------------------------------------------------------------------
@@ -194,8 +196,8 @@ def collect(
     of_run = {(run["pool"], run["arm"], run["seed"]): run for run in known["runs"]}
     for path in sorted(folder.glob("*/*/seed*/curve.json")):
         pool, arm, seed = path.parts[-4], path.parts[-3], int(path.parts[-2].removeprefix("seed"))
-        known["pools"].setdefault(pool, efficiency_pools.shape(folder, pool))
-        known["at_start"].setdefault(pool, {})[machine] = efficiency_pools.score_at_start(folder, pool)
+        known["pools"][pool] = efficiency_pools.shape(folder, pool)
+        known["at_start"].setdefault(pool, {})[machine] = efficiency_pools.scores_at_start(folder, pool)
         curve = json.loads(path.read_text())
         of_run.setdefault((pool, arm, seed), {"machine": machine, **settings_of(path.parent)})
         of_run[pool, arm, seed] |= {"pool": pool, "arm": arm, "seed": seed, "curve": curve}

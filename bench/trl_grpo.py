@@ -55,6 +55,9 @@ def main(
     max_answer_tokens: Annotated[int, typer.Option()] = 160,
     checkpoint_every: Annotated[int, typer.Option(help="Steps.")] = 10,
     seed: Annotated[int, typer.Option()] = 1,
+    warmup_steps: Annotated[int, typer.Option(help="Of the learning rate, in updates.")] = 3,
+    last_rate_share: Annotated[float, typer.Option(help="Of the rate at the end; it declines as a cosine.")] = 1.0,
+    updates_per_step: Annotated[int, typer.Option(help="On each batch: TRL's num_iterations.")] = 1,
     threads: Annotated[int, typer.Option(help="Of torch; 1 where another run goes on beside it.")] = 2,
 ) -> None:
     """Train, and leave checkpoints on the way."""
@@ -78,6 +81,7 @@ def main(
     freeze_routers(model)  # as our stage's default
     (out / "checkpoints").mkdir(parents=True)
     generated, clock = 0, Clock()
+    batch_logs: dict[str, float] = {}  # of the newest batch: TRL logs it with the first of its updates
 
     with Sandbox() as sandbox, (out / "steps.jsonl").open("w") as log, unchanged_config(model):
 
@@ -95,20 +99,26 @@ def main(
                 clock.begin = time.perf_counter()
 
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-                if "reward" not in logs:
+                if "grad_norm" not in logs:  # the end's summary
                     return
-                row = {"step": state.global_step, "generated_tokens": generated, "seconds": clock.seconds(),
-                       "reward_mean": logs["reward"], "zero_signal_share": logs["frac_reward_zero_std"],
+                batch_logs.update({name: logs[name] for name in ("reward", "frac_reward_zero_std") if name in logs})
+                step, more_updates = divmod(state.global_step, updates_per_step)
+                if more_updates:
+                    return
+                row = {"step": step, "generated_tokens": generated, "seconds": clock.seconds(),
+                       "reward_mean": batch_logs["reward"], "zero_signal_share": batch_logs["frac_reward_zero_std"],
                        "grad_norm": logs["grad_norm"]}  # fmt: skip
                 print(json.dumps(row), file=log, flush=True)
-                if state.global_step % checkpoint_every == 0:
-                    clock.pause(lambda: save(state.global_step))
+                if step % checkpoint_every == 0:
+                    clock.pause(lambda: save(step))
 
         batch = groups_per_step * group_size
         micro_batch = min(micro_batch, batch)
         config = GRPOConfig(
-            output_dir=str(out), learning_rate=learning_rate, lr_scheduler_type="constant_with_warmup", warmup_steps=3,
-            adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, max_steps=steps, num_generations=group_size,
+            output_dir=str(out), learning_rate=learning_rate, warmup_steps=warmup_steps,
+            lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": last_rate_share},
+            adam_beta2=0.95, weight_decay=0.0, max_grad_norm=1.0, max_steps=steps * updates_per_step,
+            num_iterations=updates_per_step, num_generations=group_size,
             per_device_train_batch_size=micro_batch, gradient_accumulation_steps=batch // micro_batch,
             max_completion_length=max_answer_tokens, temperature=1.0, beta=0.0, loss_type=loss,
             scale_rewards=scale_rewards, epsilon_high=0.28, router_aux_loss_coef=0.0, use_vllm=False, use_cpu=True,
