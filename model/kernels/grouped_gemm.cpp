@@ -1,4 +1,4 @@
-// Grouped fp32 products on a CPU, for experts with few rows each: `grouped_gemm.py` compiles and calls this file.
+// Grouped fp32 products on a CPU, made for experts with few rows each: `grouped_gemm.py` compiles and calls this file.
 //
 //   forward  out[r] = x[r] · w[e]        dgrad  dx[r] = dy[r] · w[e]ᵀ        wgrad  dw[e] = x_eᵀ · dy_e
 //
