@@ -256,7 +256,7 @@ class Curriculum:
             parts["renewal"] = self.renewal.metrics()
         shares = {domain: round(share, 4) for domain, share in self.mix.shares().items()}
         return {f"{part}/{name}": value for part, metrics in parts.items() for name, value in metrics.items()} | {
-            "states": self.difficulty.counts(), "trained_shares": shares
+            "states": self.difficulty.counts(), "retests_due": self.difficulty.num_due(), "trained_shares": shares
         }  # fmt: skip
 
     def rows(self, asked: Iterable[str]) -> Iterator[dict[str, Any]]:

@@ -311,6 +311,10 @@ class Difficulty:
         due = ids[self.due[ids] <= self.version]
         return due[np.argsort(self.due[due], kind="stable")]
 
+    def num_due(self) -> int:
+        """Retired or parked entries that wait for their re-test."""
+        return int((self.due <= self.version).sum())
+
     def counts(self) -> dict[str, int]:
         """Entries in each state."""
         return dict(zip(STATES, np.bincount(self.state, minlength=len(STATES)).tolist(), strict=True))

@@ -249,9 +249,9 @@ def test_a_parked_entry_is_tested_again_as_its_neighbours_rise():
     assert [state(one, name) for name in "abcd"] == ["parked", "active", "parked", "new"]
     assert list(one.watched[[0, 2]]) == [0.2, 0.1]
     one.learn(1, [seen("b", 4, 10, 1)])  # 6 of 20: a has seen 0.2 → 0.3, c 0.1 → 6 of 30
-    assert list(one.due_now(np.arange(4))) == []
+    assert list(one.due_now(np.arange(4))) == [] and one.num_due() == 0
     one.learn(2, [seen("b", 7, 10, 2)])  # 13 of 30 for a, 13 of 40 for c
-    assert list(one.due_now(np.arange(4))) == [0, 2]
+    assert list(one.due_now(np.arange(4))) == [0, 2] and one.num_due() == 2
     one.learn(3, [])
     assert one.due[3] == np.iinfo(np.int32).max
 
