@@ -253,3 +253,12 @@ def format_of(names: Iterable[str]) -> DiskFormat:
     multimodal = any(name.startswith(MULTIMODAL.prefix) for name in names)
     fused = not any(EXPERT_NUMBER.search(name) for name in names)
     return DiskFormat(MULTIMODAL.prefix if multimodal else "", fused)
+
+
+def text_name(name: str) -> str | None:
+    """What a text checkpoint calls a tensor of a multimodal one; None for a tensor of the vision part.
+
+    >>> text_name("language_model.lm_head.weight"), text_name("multi_modal_projector.linear_1.weight")
+    ('lm_head.weight', None)
+    """
+    return None if name.startswith(NOT_TEXT) else name.removeprefix(MULTIMODAL.prefix)

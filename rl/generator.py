@@ -3,7 +3,8 @@
 A plain class; `pipeline/cluster` puts it into a process of its own. Promises: log-probabilities are those of the
 distribution that was sampled from (at the sampling temperature, never cut by top-p or top-k); every token carries the
 version of the weights that produced it; a refused weight update changes nothing. On CUDA the same class runs vLLM as it
-comes (not measured); on a CPU it starts the engine the cheap way, see `_engine_context`.
+comes (not measured); on a CPU it starts the engine the cheap way, see `_engine_context`. Of a multimodal Llama 4 the
+engine runs the text model, see `rl/text_of_multimodal.py`.
 
     caller ── sample ──▶ AsyncLLM (this process) ──zmq──▶ engine core (a child: scheduler, model, KV cache)
     caller ── take_weights ──▶ pause ▶ verify ▶ load ▶ label ▶ resume;  requests in flight wait and go on
@@ -25,6 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint import MULTIMODAL_TYPE
 from model.tensor_map import kv_bytes_per_token
 from rl.types import EngineSettings, Published, SampledAnswer, SampleRequest, SyncReport
 from rl.weight_sync import WeightsRefused
@@ -50,6 +52,15 @@ def query_growth(config: dict[str, Any]) -> dict[str, Any]:
     (on above 32k positions), unless it is told."""
     tuning = config.get("attn_temperature_tuning")
     return {} if tuning is None else {"attn_temperature_tuning": bool(tuning)}
+
+
+def text_model_alone(config: dict[str, Any]) -> dict[str, Any]:
+    """Engine arguments by which vLLM runs the text part of a multimodal Llama 4; none for any other model."""
+    if config.get("model_type") != MULTIMODAL_TYPE:
+        return {}
+    from rl.text_of_multimodal import text_config_for_engine
+
+    return {"hf_overrides": text_config_for_engine}
 
 
 def kv_block_tokens(config: dict[str, Any]) -> int:
@@ -141,8 +152,8 @@ class VllmGenerator:
         if context is not None:
             engine_utils.get_mp_context = lambda: context  # vLLM would start the child afresh: another import of itself
         settings = self.settings
-        config = json.loads((Path(settings.checkpoint) / "config.json").read_text())
-        config = config.get("text_config") or config
+        whole = json.loads((Path(settings.checkpoint) / "config.json").read_text())
+        config = whole.get("text_config") or whole
         cpu_only: dict[str, Any] = {"distributed_executor_backend": "uni", "enforce_eager": True,
                                     "block_size": kv_block_tokens(config)}  # fmt: skip
         return AsyncLLM.from_engine_args(
@@ -168,6 +179,7 @@ class VllmGenerator:
                 disable_log_stats=True,
                 worker_extension_cls=EXTENSION,
                 weight_transfer_config=WeightTransferConfig(backend=TRANSFER_BACKEND),
+                **text_model_alone(whole),
                 **({"enable_return_routed_experts": settings.record_routes} if on_gpu else cpu_only),
             )
         )

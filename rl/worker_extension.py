@@ -19,6 +19,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbed
 from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.models.llama4 import Llama4MoE
 
+import rl.text_of_multimodal  # noqa: F401  vLLM's registry learns its class
 from rl.generator import TRANSFER_BACKEND
 from rl.weight_stream import SCHEME, StreamedWeights, WeightClient
 from rl.weight_sync import WeightFiles, Weights, WeightsRefused, check_names, check_tied_head, weights_digest

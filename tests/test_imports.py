@@ -25,7 +25,7 @@ MAY_IMPORT = {  # room → the rooms below it
 }
 DOORS = {  # heavy library → the files, or folders, that may import it
     "ray": ("pipeline/cluster/", "pipeline/submit.py"),
-    "vllm": ("rl/generator.py", "rl/weight_sync.py", "rl/worker_extension.py"),
+    "vllm": ("rl/generator.py", "rl/weight_sync.py", "rl/worker_extension.py", "rl/text_of_multimodal.py"),
     "trl": ("pipeline/sft.py", "pipeline/dpo.py"),
     "peft": ("pipeline/sft.py", "pipeline/dpo.py"),
     "accelerate": ("pipeline/sft.py", "pipeline/dpo.py"),

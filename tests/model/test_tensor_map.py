@@ -22,6 +22,7 @@ from model.tensor_map import (
     kv_bytes_per_token,
     parameters,
     pieces,
+    text_name,
 )
 
 TINY_LLAMA4 = {
@@ -157,3 +158,13 @@ def test_values_on_disk_are_as_many_as_in_memory() -> None:
     for disk in (MULTIMODAL, PER_EXPERT):
         on_disk = sum(math.prod(piece.shape) for spec in parameters(tiny()) for piece in pieces(spec, disk))
         assert on_disk == count_parameters(tiny())
+
+
+def test_the_text_of_a_multimodal_checkpoint_goes_by_the_names_of_a_text_checkpoint() -> None:
+    names = {disk: [piece.name for spec in parameters(tiny()) for piece in pieces(spec, disk)]
+             for disk in (LLAMA4_TEXT, MULTIMODAL)}  # fmt: skip
+    assert [text_name(name) for name in names[MULTIMODAL]] == names[LLAMA4_TEXT]
+    assert [text_name(name) for name in names[LLAMA4_TEXT]] == names[LLAMA4_TEXT]
+    assert text_name("vision_model.model.layers.0.mlp.fc1.bias") is None
+    assert text_name("multi_modal_projector.linear_1.weight") is None
+    assert text_name("language_model.model.vision_model.weight") == "model.vision_model.weight"  # only in front
