@@ -2,9 +2,8 @@
 
 Weights and scales are those that training with the same recipe multiplies by; activations are quantised by the engine,
 as they come. Tested on a CPU: compressed-tensors decompresses the file to the weights of training, and vLLM's loader
-puts every tensor of a text model where its FP8 experts read it (`tests/integration/test_fp8_served.py`). Not tested:
-vLLM's FP8 kernels, which need a GPU, and its multimodal class, which needs torchvision; of that one only the names that
-the config excludes are.
+puts every tensor, of a text model and of a multimodal one, where its FP8 experts read it
+(`tests/integration/test_fp8_served.py`). Not tested: vLLM's FP8 kernels, which need a GPU.
 """
 
 from __future__ import annotations

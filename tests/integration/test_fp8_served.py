@@ -1,21 +1,21 @@
 """Does vLLM take an FP8 checkpoint for what it is? Its parser of the config is asked, and its loader is given the file;
-no engine is started. Not asked: its FP8 kernels, which need a GPU, and its multimodal Llama 4, which needs torchvision.
+no engine is started. Not asked: its FP8 kernels, which need a GPU.
 """
 
 import json
-import os
-from unittest.mock import patch
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import Llama4TextConfig
+from vllm_checkpoints import save_multimodal
+from vllm_loader import loaded_by_vllm
 
 from model.config import TinyShape, tiny
 from model.fp8_export import export_fp8, quantization_config
 from model.kernels.quantise import quantise
 from model.precision import Fp8Settings
-from model.tensor_map import parameters
+from model.tensor_map import MULTIMODAL, NOT_TEXT, parameters
 
 SHAPE = TinyShape(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=32, expert_size=256,
                   dense_size=64, num_experts=4)  # fmt: skip
@@ -32,33 +32,6 @@ def save_random(directory):
     (directory / "config.json").write_text(json.dumps(config))
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return weights
-
-
-def loaded_by_vllm(directory, tmp_path):
-    """The parameters of vLLM's own model once vLLM's own loader has read the checkpoint, before any kernel packs them.
-    KeyError for a tensor that lands nowhere, ValueError for a parameter that no tensor is for."""
-    from vllm.config import set_current_vllm_config
-    from vllm.distributed import cleanup_dist_env_and_memory, init_distributed_environment, initialize_model_parallel
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
-    from vllm.model_executor.model_loader.utils import initialize_model
-    from vllm.utils.torch_utils import set_default_torch_dtype
-
-    with patch.dict(os.environ):  # vLLM sets variables for the engine that would follow
-        config = EngineArgs(
-            model=str(directory), skip_tokenizer_init=True, enforce_eager=True, dtype="bfloat16", max_model_len=64
-        ).create_engine_config()
-        with set_current_vllm_config(config), set_default_torch_dtype(torch.bfloat16):
-            try:
-                init_distributed_environment(1, 0, f"file://{tmp_path}/rendezvous", 0, "gloo")
-                initialize_model_parallel()
-                model = initialize_model(config)
-                loader = DefaultModelLoader(config.load_config)
-                loader.enable_weights_track = True  # on its own vLLM asks this of unquantised models only
-                loader.load_weights(model, config.model_config)
-            finally:
-                cleanup_dist_env_and_memory()
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
 def dequantised(weight_ENK, scale):
@@ -88,6 +61,31 @@ def test_the_loader_of_vllm_puts_every_tensor_where_its_fp8_experts_read_it(tmp_
             else:
                 assert f"{theirs}.{name}_scale" not in loaded
                 assert torch.equal(stored_ENK, whole_EKN.transpose(1, 2))
+
+
+@pytest.mark.parametrize("with_vision", [True, False], ids=["vLLM's own class", "our engines' class"])
+def test_a_multimodal_checkpoint_lands_whole_in_vllms_own_class_and_its_text_in_our_engines(tmp_path, with_vision):
+    source = save_multimodal(tmp_path / "source", seed=0)
+    weights = {name: tensor.bfloat16() for name, tensor in load_file(source / "model.safetensors").items()}
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    export_fp8(source, tmp_path / "fp8", Fp8Settings(layers=(LAYER,)))
+    loaded = loaded_by_vllm(tmp_path / "fp8", tmp_path, with_vision=with_vision)
+    for layer in (1, LAYER):
+        ours = f"{MULTIMODAL.prefix}model.layers.{layer}.feed_forward.experts"
+        theirs = f"{ours if with_vision else ours.removeprefix(MULTIMODAL.prefix)}.routed_experts"
+        for fused, name in (("gate_up_proj", "w13_weight"), ("down_proj", "w2_weight")):
+            whole_EKN, stored_ENK = weights[f"{ours}.{fused}"], loaded[f"{theirs}.{name}"]
+            assert (stored_ENK.dtype == torch.float8_e4m3fn) == (layer == LAYER)
+            if layer == LAYER:
+                whole_EKN = quantise(whole_EKN.float(), "row", axis=1).dequantise()
+                stored_ENK = dequantised(stored_ENK, loaded[f"{theirs}.{name}_scale"])
+            assert torch.equal(stored_ENK, whole_EKN.transpose(1, 2))
+    vision = {name: tensor for name, tensor in weights.items() if name.startswith(NOT_TEXT)}
+    for name in [name for name in vision if ".q_proj." in name]:  # vLLM keeps the three as one
+        parts = [vision.pop(name.replace("q_proj", part)) for part in ("q_proj", "k_proj", "v_proj")]
+        vision[name.replace("q_proj", "qkv_proj")] = torch.cat(parts)
+    assert {name for name in loaded if name.startswith(NOT_TEXT)} == (vision.keys() if with_vision else set())
+    assert not with_vision or all(torch.equal(loaded[name], tensor) for name, tensor in vision.items())
 
 
 def test_the_loader_of_vllm_misses_a_scale_and_refuses_a_name_of_another_format(tmp_path):

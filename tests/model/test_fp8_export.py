@@ -80,6 +80,41 @@ def test_exactly_the_chosen_layers_are_fp8_in_the_file_and_in_its_config(tmp_pat
     assert r"re:.*\.layers\.(0|2|3|4)\.feed_forward\..*" in ignored
 
 
+def test_a_multimodal_checkpoint_keeps_its_vision_part_and_its_text_part_is_that_of_the_text_alone(
+    tmp_path, checkpoint
+):
+    source, weights = checkpoint
+    vision = {
+        "vision_model.model.layers.3.feed_forward.experts.weight": torch.randn(5, 7),  # whatever it is called
+        "vision_model.class_embedding": torch.randn(3).half(),
+        "multi_modal_projector.linear_1.weight": torch.randn(2, 3).to(torch.bfloat16),
+    }
+    text = json.loads((source / "config.json").read_text())
+    whole = {"model_type": "llama4", "text_config": text, "vision_config": {"hidden_size": 3}, "boi_token_index": 7}
+    multimodal = tmp_path / "multimodal"
+    multimodal.mkdir()
+    (multimodal / "config.json").write_text(json.dumps(whole))
+    (multimodal / "preprocessor_config.json").write_text('{"image_size": 8}')
+    save_file(
+        {f"language_model.{name}": tensor for name, tensor in weights.items()} | vision,
+        multimodal / "model.safetensors",
+    )
+    export_fp8(multimodal, tmp_path / "fp8", Fp8Settings())
+    export_fp8(source, tmp_path / "text-fp8", Fp8Settings())
+
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    alone = load_file(tmp_path / "text-fp8" / "model.safetensors")
+    wanted = {f"language_model.{name}": tensor for name, tensor in alone.items()} | vision
+    assert stored.keys() == wanted.keys() and any(t.dtype == torch.float8_e4m3fn for t in alone.values())
+    for name, tensor in wanted.items():
+        assert stored[name].dtype == tensor.dtype
+        assert torch.equal(stored[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    config = json.loads((tmp_path / "fp8" / "config.json").read_text())
+    quantised = json.loads((tmp_path / "text-fp8" / "config.json").read_text())["quantization_config"]
+    assert config == whole | {"quantization_config": quantised}
+    assert (tmp_path / "fp8" / "preprocessor_config.json").read_text() == '{"image_size": 8}'
+
+
 def test_refusals_name_what_was_seen(tmp_path, checkpoint):
     source, _ = checkpoint
     config = json.loads((source / "config.json").read_text())
