@@ -10,7 +10,7 @@ multiplies (and so does any number of rows where MKL does without the processor'
 there is no C++ compiler, through a loop of `torch.mm` into slices of one output.
 (`torch.nn.functional.grouped_mm` does the same, but allocates every expert's part and copies it.) There the gradient
 of a wide weight is made in slices of rows, which MKL packs faster. docs/log.md has the figures. On CUDA it is torch's
-function, from compute capability 9.0 on (not measured on a GPU).
+function for bf16 from compute capability 9.0 on, else the same loop (not measured on a GPU).
 
 Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width, k rows of a slice.
 """
@@ -28,11 +28,9 @@ from torch.nn import functional as F
 
 from model.kernels.compiled import compiled, processor
 
-# device type → (dtypes of operands, lowest CUDA compute capability)
-SUPPORTED: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, int] | None]] = {
-    "cpu": ((torch.float32, torch.bfloat16, torch.float16), None),
-    "cuda": ((torch.bfloat16,), (9, 0)),
-}
+DEVICES = ("cpu", "cuda")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LOWEST_CAPABILITY = (9, 0)  # of torch's own kernel
 
 FEW_ROWS = 128  # an expert, on average: with more, MKL's product is as fast, if it uses all that the processor has
 WIDE = 512  # columns from which an fp32 gradient is cut; a slice of fewer is too small to pay for a call
@@ -54,14 +52,18 @@ def grouped_mm(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) ->
 
 
 def _refuse_unsupported(x_RK: torch.Tensor, w_EKN: torch.Tensor) -> None:
-    dtypes, lowest = SUPPORTED.get(x_RK.device.type, ((), None))
-    if x_RK.dtype not in dtypes or w_EKN.dtype != x_RK.dtype:
-        known = "; ".join(f"{device}: {', '.join(map(str, known))}" for device, (known, _) in SUPPORTED.items())
+    if x_RK.device.type not in DEVICES or x_RK.dtype not in DTYPES or w_EKN.dtype != x_RK.dtype:
         raise ValueError(
-            f"no grouped product of {x_RK.dtype} rows and {w_EKN.dtype} weights on {x_RK.device.type}; known: {known}"
+            f"no grouped product of {x_RK.dtype} rows and {w_EKN.dtype} weights on {x_RK.device.type}; known: "
+            f"{' and '.join(DEVICES)}, both operands one of {', '.join(map(str, DTYPES))}"
         )
-    if lowest is not None and (seen := torch.cuda.get_device_capability(x_RK.device)) < lowest:
-        raise ValueError(f"grouped products need compute capability {lowest} or later; this device has {seen}")
+
+
+def _has_kernel(rows_RX: torch.Tensor) -> bool:
+    """Whether torch's own function is one kernel for such rows."""
+    if rows_RX.device.type != "cuda" or rows_RX.dtype != torch.bfloat16:
+        return False
+    return torch.cuda.get_device_capability(rows_RX.device) >= LOWEST_CAPABILITY
 
 
 class _GroupedMm(torch.autograd.Function):
@@ -81,7 +83,7 @@ class _GroupedMm(torch.autograd.Function):
 
 
 def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if x_RK.device.type != "cpu":
+    if _has_kernel(x_RK):
         return F.grouped_mm(x_RK, w_EKN, offs=ends_E)
     out_RN = x_RK.new_empty(len(x_RK), w_EKN.shape[2])
     if library := _library(x_RK, w_EKN):
@@ -94,7 +96,7 @@ def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> t
 
 
 def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if dy_RN.device.type != "cpu":
+    if _has_kernel(dy_RN):
         return F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E)
     dx_RK = dy_RN.new_empty(len(dy_RN), w_EKN.shape[1])
     if library := _library(dy_RN, w_EKN):
@@ -107,7 +109,7 @@ def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> to
 
 
 def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if x_RK.device.type != "cpu":
+    if _has_kernel(x_RK):
         return F.grouped_mm(x_RK.T, dy_RN, offs=ends_E)
     dw_EKN = x_RK.new_empty(len(ends_E), x_RK.shape[1], dy_RN.shape[1])
     if library := _library(x_RK, dw_EKN):
@@ -130,7 +132,7 @@ def _library(rows_RX: torch.Tensor, w_EKN: torch.Tensor) -> ctypes.CDLL | None:
     few = len(rows_RX) < FEW_ROWS * len(w_EKN)
     # ours gives an expert to one thread, MKL a product to all
     any_number = outruns_mkl() and len(w_EKN) >= 2 * torch.get_num_threads()
-    faster = rows_RX.dtype == torch.float32 and (few or any_number)
+    faster = rows_RX.device.type == "cpu" and rows_RX.dtype == torch.float32 and (few or any_number)
     return compiled(Path(__file__).with_suffix(".cpp")) if faster else None
 
 
