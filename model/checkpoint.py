@@ -208,14 +208,14 @@ def save_policy(
 def stored_weights(
     model: PreTrainedModel, dtype: torch.dtype, weights: Iterable[NamedTensor] | None = None
 ) -> Iterator[NamedTensor]:
-    """Every tensor of a policy's checkpoint, one at a time, in `dtype`: what is saved, and what an engine is sent.
+    """Every tensor of a policy's checkpoint, one at a time, on the CPU, in `dtype`: what is saved, what engines get.
 
     A Llama 4's are named and cut as in the checkpoint that it came from, and the vision tensors of that one follow
     unchanged. `weights` are its parameters, whole, by their names in memory, where `model` holds only shards of them.
     """
     if model.config.model_type not in LLAMA4_TYPES:
         for name, tensor in _state_of_any_model(model) if weights is None else weights:
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+            yield name, tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
         return
     from model.weight_files import cut_for_disk, passed_through
 

@@ -79,8 +79,9 @@ class ParallelPlan:
 def parallelise(model: PreTrainedModel, plan: ParallelPlan, device: str | None = None) -> PreTrainedModel:
     """Cut a model, in place, by the plan; it then takes its part in every collective of the default process group.
 
-    The model is whole on every rank, or on the meta device: then each rank allocates its own shards only, on `device`,
-    and `load_full` fills them. Frozen parameters are cut as well; freeze them before, make the optimiser afterwards.
+    Shards lie on `device`, the model's own where none is given. The model is whole on every rank, and then a layer at a
+    time on `device`; or on the meta device: then each rank allocates its own shards only, and `load_full` fills them.
+    One process moves all of it. Frozen parameters are cut as well; freeze them before, make the optimiser afterwards.
     ValueError where plan and model do not fit, or where the model does not name its layers.
     """
     num_processes = dist.get_world_size() if dist.is_initialized() else 1
@@ -89,7 +90,7 @@ def parallelise(model: PreTrainedModel, plan: ParallelPlan, device: str | None =
         num_processes, ((*experts.gate_up_proj.shape[:2], experts.down_proj.shape[1]) for experts in all_experts)
     )
     if plan.world_size == 1:
-        return model
+        return model if device is None else model.to(device)
     layers, device = _layers(model), device or model.device.type
     if device == "meta" or any(buffer.is_meta for buffer in model.buffers()):
         raise ValueError("a model on the meta device needs a device to be cut onto, and no buffers: nothing loads them")
@@ -171,7 +172,8 @@ class ExpertParallel(Experts):
     def take_over(cls, experts: Experts, mesh: DeviceMesh) -> None:
         """Make whole experts a share of them."""
         for name, whole in list(experts.named_parameters()):
-            own = whole.detach().chunk(mesh.size())[mesh.get_local_rank()].clone()
+            own = whole.detach().chunk(mesh.size())[mesh.get_local_rank()]
+            own = own.clone() if own.is_meta else own.to(mesh.device_type, copy=True)
             cut = DTensor.from_local(own, mesh, [Shard(0)], run_check=False)
             setattr(experts, name, nn.Parameter(cut, requires_grad=whole.requires_grad))
         experts.__class__ = cls

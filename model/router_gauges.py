@@ -127,6 +127,10 @@ class DriftProbe:
         start = routes_of(model, ids_BS, real_BS)
         return cls(ids_BS, real_BS, [route.logits_TE for route in start], [route.own_expert_T for route in start])
 
+    def to(self, device: torch.device) -> DriftProbe:
+        logits_LTE, expert_LT = ([x.to(device) for x in layers] for layers in (self.logits_LTE, self.expert_LT))
+        return DriftProbe(self.ids_BS.to(device), self.real_BS.to(device), logits_LTE, expert_LT)
+
     def by_layer(self, model: PreTrainedModel) -> list[dict[str, float]]:
         now = routes_of(model, self.ids_BS, self.real_BS)
         return [

@@ -61,7 +61,7 @@ class RouterWatch:
         return vars(self.probe) if self.probe else None
 
     def restore(self, state: dict[str, Any] | None) -> None:
-        self.probe = DriftProbe(**state) if state else None
+        self.probe = DriftProbe(**state).to(self.model.device) if state else None
 
     def begin_step(
         self, batches: Sequence[RoutedBatch], own: Sequence[RoutedBatch] | None = None, num_passes: int = 0

@@ -12,7 +12,7 @@ Axes: B rows, S sequence, T answer tokens in row order, M MoE layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +36,10 @@ class MicroBatch:
     advantages: torch.Tensor  # [T] fp32
     staleness: torch.Tensor  # [T] int64: learner version minus token version
     answer: torch.Tensor  # [T] int64: the row of the token
+
+    def to(self, device: torch.device) -> MicroBatch:
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return MicroBatch(**{name: None if x is None else x.to(device) for name, x in tensors.items()})
 
 
 def micro_batches(batch: TrainBatch, max_tokens: int, share_prompts: bool = False) -> list[MicroBatch]:

@@ -7,6 +7,9 @@ counts as a version.
 Weights, gradients and optimiser are fp32, whatever `dtype` says: at RL's learning rates most bf16 weights would round
 back to themselves. With bfloat16 the forward pass runs under autocast, and what is published and saved is a cast copy.
 
+All tensors of a step lie on one device, `model/device.py`: model and optimiser from `start` on, a batch from where it
+is cut. What leaves a step (metrics, gauges, states, weights) leaves on the CPU. Not measured on a GPU.
+
 Several learners divide model, gradients and optimiser among them (FSDP2, `model/parallel.py`) and share a batch: each
 takes every world_size-th micro-batch, gradients are summed, and all make the same step. Whatever needs the whole model
 (a pass, the weights to publish) is then done by all of them, in the same order; the first one writes. What ends the
@@ -68,6 +71,7 @@ class LearnerSettings:
     rank: int = 0
     world_size: int = 1
     rendezvous: str = ""  # a file that does not exist yet, on a disk all learners see; needed for world_size > 1
+    device: str = ""  # empty: `own_device` of model/device.py
     serve_at: str = ""  # host by which engines reach this process; empty: they read the published files themselves
 
 
@@ -92,15 +96,19 @@ class PolicyLearner:
         import torch
 
         from model.checkpoint import load_policy
+        from model.device import backends, own_device
         from model.parallel import ParallelPlan, parallelise
         from model.router import freeze_routers
         from model.router_watch import RouterWatch
         from model.tokenizer import load_tokenizer
 
         imported = time.perf_counter()
+        self.device = torch.device(self.settings.device) if self.settings.device else own_device()
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # where the shards of a mesh go
         if self.settings.world_size > 1:
             torch.distributed.init_process_group(
-                "gloo", init_method=f"file://{self.settings.rendezvous}", rank=self.settings.rank,
+                backends(self.device), init_method=f"file://{self.settings.rendezvous}", rank=self.settings.rank,
                 world_size=self.settings.world_size, timeout=timedelta(seconds=NEIGHBOUR_DEADLINE_S),
             )  # fmt: skip
         torch.manual_seed(self.settings.seed)
@@ -110,7 +118,7 @@ class PolicyLearner:
             self.model.gradient_checkpointing_enable()
         if self.settings.router_policy == "frozen":
             freeze_routers(self.model)
-        parallelise(self.model, ParallelPlan(data=self.settings.world_size))
+        parallelise(self.model, ParallelPlan(data=self.settings.world_size), self.device.type)
         self.tokenizer = load_tokenizer(self.settings.checkpoint)
         self.optimizer = self._optimizer()
         self.fp8 = self._fp8()
@@ -213,7 +221,7 @@ class PolicyLearner:
         count = min(PROBE_TOKENS, config.max_position_embeddings // 2)
         ids = [(PROBE_STRIDE * i + 1) % config.vocab_size for i in range(count)]
         with torch.no_grad(), self._autocast():
-            logits_V = self.model(input_ids=torch.tensor([ids], device=self.model.device)).logits[0, -1].float()
+            logits_V = self.model(input_ids=torch.tensor([ids], device=self.device)).logits[0, -1].float()
         top = torch.log_softmax(logits_V, dim=-1).topk(PROBE_LABELS)
         exact = self.settings.dtype == "float32" and self.fp8 is None
         return Probe(
@@ -236,6 +244,8 @@ class PolicyLearner:
             "version": self.version, "model": model, "optimizer": optimizer, "fp8_fallen_back": fallen_back,
             "routers": self.routers.state(), "random": torch.get_rng_state(),
         }  # fmt: skip
+        if self.device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state(self.device)
         with naming(path), open(path, "wb", buffering=STATE_BUFFER) as file:  # torch's own names no full disk
             torch.save(state, file)
 
@@ -244,7 +254,8 @@ class PolicyLearner:
         import torch
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
-        state = torch.load(path, map_location=self.model.device, weights_only=True)
+        # Whole, for any number of learners: it may be too large for one's device, onto which its share goes.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         self.version = state["version"]
         set_state_dict(
             self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
@@ -253,7 +264,9 @@ class PolicyLearner:
         if self.fp8:
             self.fp8.give_back(state["fp8_fallen_back"])
         self.routers.restore(state["routers"])
-        torch.set_rng_state(state["random"].cpu())
+        torch.set_rng_state(state["random"])
+        if self.device.type == "cuda" and "random_cuda" in state:  # one saved on a CPU has none
+            torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
     def save(self, directory: str) -> None:
         """Write a complete checkpoint."""
@@ -272,7 +285,8 @@ class PolicyLearner:
     def _updates(self, batch: TrainBatch) -> tuple[dict[str, float], int]:
         from rl.batcher import micro_batches
 
-        cuts = micro_batches(batch, self.settings.micro_batch_tokens, share_prompts=self._shares_prompts())
+        shared = self._shares_prompts()
+        cuts = [cut.to(self.device) for cut in micro_batches(batch, self.settings.micro_batch_tokens, shared)]
         denominators = self._denominators(cuts)
         if denominators.tokens == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
@@ -387,11 +401,11 @@ class PolicyLearner:
         import torch
 
         dtype = self._published_dtype()
-        return torch.autocast(self.model.device.type, dtype=dtype, enabled=dtype != torch.float32)
+        return torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 class Gauges:
-    """Sums over micro-batches.
+    """Sums over micro-batches, on the CPU: learners hand them to one another.
 
     *Mismatch* is what engine and learner disagree on with the same weights, so it counts tokens of answers that are of
     the learner's own version from their first token on: one that went on over a weight sync is conditioned on keys and
@@ -410,14 +424,14 @@ class Gauges:
 
     def add(self, cut: MicroBatch, stats: TokenStatistics, policy: PolicyLoss) -> None:
         self.loss += policy.loss.item()
-        self.log_ratios.append(stats.logprob_T.detach() - cut.generator_logprobs)
-        self.staleness.append(cut.staleness)
-        self.entropy.append(stats.entropy_T)
-        self.clipped.append(policy.clipped)
-        self.masked.append(policy.masked)
-        self.positive.append(cut.advantages > 0)
+        self.log_ratios.append((stats.logprob_T.detach() - cut.generator_logprobs).cpu())
+        self.staleness.append(cut.staleness.cpu())
+        self.entropy.append(stats.entropy_T.cpu())
+        self.clipped.append(policy.clipped.cpu())
+        self.masked.append(policy.masked.cpu())
+        self.positive.append((cut.advantages > 0).cpu())
         oldest = cut.staleness.new_zeros(len(cut.ids_BS)).scatter_reduce(0, cut.answer, cut.staleness, "amax")
-        self.fresh.append(oldest[cut.answer] == 0)
+        self.fresh.append((oldest[cut.answer] == 0).cpu())
 
     @classmethod
     def joined(cls, shares: Sequence[Gauges]) -> Gauges:

@@ -56,12 +56,13 @@ def publish_weights(named_tensors: Iterable[tuple[str, torch.Tensor]], path: Pat
     """
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
-    places: set[tuple[int, tuple[int, ...], tuple[int, ...]]] = set()
+    # Each is kept until the end: the place of one that was let go, once copied from a GPU, may be the next one's.
+    places: dict[tuple[int, tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
     for name, tensor in named_tensors:
         place = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
         if tensor.numel() and place in places:
             continue
-        places.add(place)
+        places[place] = tensor
         tensors[name] = tensor.detach().cpu().contiguous()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
