@@ -54,6 +54,7 @@ class BootstrapTrainer:
         import torch
 
         from model.checkpoint import save_policy
+        from model.device import own_device
         from model.tiny import TinyShape, tiny_llama4
         from model.tokenizer import build_tokenizer
 
@@ -62,7 +63,8 @@ class BootstrapTrainer:
         corpus = itertools.islice(documents(seed=-1), TOKENIZER_DOCUMENTS)
         tokenizer = build_tokenizer((text for pair in corpus for text in (*pair, "user", "assistant", "system")), 768)
         shape = TinyShape(**{field: getattr(stage, field) for field in TinyShape.__dataclass_fields__})
-        model = tiny_llama4(shape, tokenizer)
+        device = own_device()
+        model = tiny_llama4(shape, tokenizer).to(device)
         optimizers = self._optimizers(model)
         batches, reporter = self._batches(tokenizer), Reporter(self.work)
         begin, trained, losses = time.monotonic(), 0, []
@@ -73,7 +75,7 @@ class BootstrapTrainer:
                 break
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = group["initial_lr"] * _schedule(step, done)
-            ids, labels = next(batches)
+            ids, labels = (part.to(device) for part in next(batches))
             loss, count = train_step(model, optimizers, ids, labels)
             trained += count
             losses.append(loss)

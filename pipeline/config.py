@@ -595,7 +595,11 @@ class ClusterSettings(Section):
         "(NCCL between GPUs, gloo between CPUs), and generators may be on any node that sees the run's disk",
     )
     cpus_per_actor: PositiveFloat = 1.0
-    gpus_per_actor: Annotated[float, Field(ge=0.0)] = 0.0
+    gpus_per_actor: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+        0.0,
+        description="engine, learner or trainer compute on the GPU that they are given; less than 1: several actors "
+        "share one; 0: on the CPU (not measured on a GPU)",
+    )
     start_deadline_s: PositiveFloat = Field(180.0, description="longest wait for an actor to come up")
 
 

@@ -67,7 +67,8 @@ def nearest(word: object, options: Iterable[str]) -> str:
 def problems(recipe: Recipe) -> list[str]:
     """Everything wrong with the recipe, a line each; an empty list accepts it."""
     checks = (
-        _names, _references, _task_sources, _splits, _lengths, _idle_keys, _arithmetic, _curricula, _fp8_layers
+        _names, _references, _task_sources, _splits, _cluster, _lengths, _idle_keys, _arithmetic, _curricula,
+        _fp8_layers,
     )  # fmt: skip
     return [problem for check in checks for problem in check(recipe)]
 
@@ -296,6 +297,15 @@ def _fp8_layers(recipe: Recipe) -> Iterator[str]:
                 f"stages.{stage.name}.fp8.keep_first_and_last: true, but {shown(reference)} has only the MoE layers "
                 f"{layers}: none is left for FP8; set it to false, name some in fp8.layers, or leave fp8 out."
             )
+
+
+def _cluster(recipe: Recipe) -> Iterator[str]:
+    cluster = recipe.cluster
+    if 0 < cluster.gpus_per_actor < 1 < cluster.learners:
+        yield (
+            f"cluster.gpus_per_actor: {cluster.gpus_per_actor:g} of a GPU for each of {cluster.learners} learners, but "
+            "NCCL, which they talk through, needs one each; write 1, or one learner."
+        )
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:

@@ -6,7 +6,8 @@
         │ reads `progress.jsonl` every half second  ◀── Reporter appends a line per event
         └─▶ context.emit
 
-Called by `pipeline/sft.py` and `pipeline/dpo.py`. Promises: the progress file is gone when the stage returns, and no
+Called by `pipeline/sft.py` and `pipeline/dpo.py`, by `pipeline/bootstrap.py` for the actor alone. An actor that was
+given a GPU trains on it (not measured on a GPU). Promises: the progress file is gone when the stage returns, and no
 wait outlasts `deadline_s`.
 """
 
@@ -116,7 +117,7 @@ def num_steps(train: TrainSettings, num_examples: int) -> int:
 
 def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output_dir: str) -> dict[str, Any]:
     """Keyword arguments that `SFTConfig` and `DPOConfig` have in common."""
-    import torch
+    from model.device import own_device
 
     micro = min(train.micro_batch_examples, train.batch_examples, num_examples)
     return {
@@ -142,7 +143,7 @@ def trainer_arguments(train: TrainSettings, num_examples: int, seed: int, output
         "disable_tqdm": True,
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": False,
-        "use_cpu": not torch.accelerator.is_available(),
+        "use_cpu": own_device().type == "cpu",  # else accelerate moves the model, and each batch as it is read
     }
 
 
