@@ -108,11 +108,19 @@ def parallelise(model: PreTrainedModel, plan: ParallelPlan, device: str | None =
 def _spread_experts(all_experts: list[Experts], plan: ParallelPlan, device: str) -> set[nn.Parameter]:
     """Cut routed experts over both axes; returns their parameters, which nothing must cut again."""
     mesh = init_device_mesh(device, (plan.data, plan.expert), mesh_dim_names=("data", "expert"))
+    _keep_deadline(mesh, device)
     for experts in all_experts:
         ExpertParallel.take_over(experts, mesh["expert"])
         if plan.data > 1:  # alone on that axis there is nothing to gather; FSDP would only copy weights back and forth
             _fully_shard(experts, mesh["data"])
     return {parameter for experts in all_experts for parameter in experts.parameters()}
+
+
+def _keep_deadline(mesh: DeviceMesh, device: str) -> None:
+    """The groups of a mesh's axes wait as long as the default group; of themselves they would for half an hour."""
+    everyone = dist.distributed_c10d._get_default_group()._get_backend(torch.device(device))
+    for group in mesh.get_all_groups():
+        dist.distributed_c10d._set_pg_timeout(everyone.options._timeout, group)
 
 
 def _layers(model: PreTrainedModel) -> list[nn.Module]:
