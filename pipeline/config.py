@@ -588,6 +588,11 @@ class RunSettings(Section):
 class ClusterSettings(Section):
     generators: PositiveInt = 1
     learners: PositiveInt = Field(1, description="learners that divide the model and every batch among them (FSDP2)")
+    expert_parallel: PositiveInt = Field(
+        1,
+        description="so many neighbouring learners spread each layer's experts over them and send the tokens, where 1 "
+        "gathers the experts' weights like all others; must divide learners and the policy's experts",
+    )
     address: str | None = Field(None, description="null: a private Ray on this machine; auto: the cluster of this job")
     weight_transfer: Literal["shared_memory", "network"] = Field(
         "shared_memory",

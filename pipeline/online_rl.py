@@ -76,11 +76,12 @@ def run(context: StageContext) -> dict[str, Any]:
         raise DataError(f"stages.{stage.name}.tasks: no task fits; lower max_answer_tokens or give other tasks")
     learners: list[Actor] = []
     try:
-        num_learners = context.recipe.cluster.learners
-        shared, serve_at = cluster.shared_dir, cluster.weights_served_at
-        for settings in learner_settings(stage, checkpoint, context.seed, shared, num_learners, serve_at):
+        asked, shared = context.recipe.cluster, cluster.shared_dir
+        for settings in learner_settings(
+            stage, checkpoint, context.seed, shared, asked.learners, cluster.weights_served_at, asked.expert_parallel
+        ):
             learners.append(cluster.start(f"{stage.name}-learner-{settings.rank}", PolicyLearner, settings))
-        asyncio.run(_start_all(learners, context.recipe.cluster.start_deadline_s))
+        asyncio.run(_start_all(learners, asked.start_deadline_s))
         actors = cluster.generators(engine, architecture_digest(checkpoint))
 
         def replace_generator(actor: Actor) -> Actor:
@@ -216,7 +217,13 @@ class RemoteLearner:
 
 
 def learner_settings(
-    stage: OnlineRlStage, checkpoint: Path, seed: int, shared: Path, world_size: int, serve_at: str = ""
+    stage: OnlineRlStage,
+    checkpoint: Path,
+    seed: int,
+    shared: Path,
+    world_size: int,
+    serve_at: str = "",
+    expert_parallel: int = 1,
 ) -> list[LearnerSettings]:
     """One for each learner."""
     first = LearnerSettings(
@@ -241,6 +248,7 @@ def learner_settings(
         seed=seed,
         fp8=fp8_settings(stage.fp8),
         world_size=world_size,
+        expert_parallel=expert_parallel,
         rendezvous=str(shared / f"{stage.name}-learners"),
         serve_at=serve_at,
     )

@@ -7,6 +7,7 @@ key path and says what was seen and what would be accepted. Reads file names and
 from __future__ import annotations
 
 import difflib
+import math
 import os
 import reprlib
 from collections import Counter
@@ -276,6 +277,25 @@ def moe_layers_of(recipe: Recipe, reference: str) -> list[int] | None:
         return None  # already reported by the reference check
 
 
+def experts_of(recipe: Recipe, reference: str) -> int | None:
+    """Routed experts in an MoE layer of the model behind a reference; 0 for a model without any, or not of our
+    definition; None where that is not known before it is fetched."""
+    base = origin(recipe, reference)
+    if isinstance(base, BootstrapStage):
+        return base.num_experts
+    if isinstance(base, UpcycleStage):
+        return base.experts
+    try:
+        config = read_config(base)
+        if config is None:
+            return None
+        config = text_config(config)
+        is_ours = config.get("model_type") == "llama4_text"
+        return config["num_local_experts"] if is_ours and moe_layers(config) else 0
+    except (ValueError, KeyError):
+        return None  # already reported by the reference check
+
+
 def _fp8_layers(recipe: Recipe) -> Iterator[str]:
     for stage in recipe.stages:
         if not isinstance(stage, SftStage | OnlineRlStage) or stage.fp8 is None:
@@ -306,6 +326,28 @@ def _cluster(recipe: Recipe) -> Iterator[str]:
             f"cluster.gpus_per_actor: {cluster.gpus_per_actor:g} of a GPU for each of {cluster.learners} learners, but "
             "NCCL, which they talk through, needs one each; write 1, or one learner."
         )
+    if cluster.learners % cluster.expert_parallel:
+        yield (
+            f"cluster.expert_parallel: {cluster.expert_parallel} does not divide cluster.learners, which is "
+            f"{cluster.learners}; {_divisors(cluster.learners)}."
+        )
+        return
+    for stage in recipe.stages if cluster.expert_parallel > 1 else ():
+        experts = experts_of(recipe, stage.policy) if isinstance(stage, OnlineRlStage) else None
+        if experts == 0:
+            yield (
+                f"cluster.expert_parallel: {cluster.expert_parallel}, but stages.{stage.name} trains a model without "
+                "experts of ours to spread; write 1."
+            )
+        elif experts and experts % cluster.expert_parallel:
+            yield (
+                f"cluster.expert_parallel: {cluster.expert_parallel} does not divide the {experts} experts of the "
+                f"model that stages.{stage.name} trains; {_divisors(math.gcd(experts, cluster.learners))}."
+            )
+
+
+def _divisors(number: int) -> str:
+    return "write " + " or ".join(str(n) for n in range(1, number + 1) if number % n == 0)
 
 
 def _lengths(recipe: Recipe) -> Iterator[str]:

@@ -10,10 +10,10 @@ back to themselves. With bfloat16 the forward pass runs under autocast, and what
 All tensors of a step lie on one device, `model/device.py`: model and optimiser from `start` on, a batch from where it
 is cut. What leaves a step (metrics, gauges, states, weights) leaves on the CPU. Not measured on a GPU.
 
-Several learners divide model, gradients and optimiser among them (FSDP2, `model/parallel.py`) and share a batch: each
-takes every world_size-th micro-batch, gradients are summed, and all make the same step. Whatever needs the whole model
-(a pass, the weights to publish) is then done by all of them, in the same order; the first one writes. What ends the
-wait for a neighbour: its share, or `NEIGHBOUR_DEADLINE_S`.
+Several learners divide model, gradients and optimiser among them (FSDP2, and expert parallelism where it is asked for:
+`model/parallel.py`) and share a batch: each takes every world_size-th micro-batch, gradients are summed, and all make
+the same step. Whatever needs the whole model (a pass, the weights to publish) is then done by all of them, in the same
+order; the first one writes. What ends the wait for a neighbour: its share, or `NEIGHBOUR_DEADLINE_S`.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ class LearnerSettings:
     fp8: Fp8Settings | None = None  # of the routed experts' products
     rank: int = 0
     world_size: int = 1
+    expert_parallel: int = 1  # learners that each layer's experts are spread over; divides world_size
     rendezvous: str = ""  # a file that does not exist yet, on a disk all learners see; needed for world_size > 1
     device: str = ""  # empty: `own_device` of model/device.py
     serve_at: str = ""  # host by which engines reach this process; empty: they read the published files themselves
@@ -118,7 +119,9 @@ class PolicyLearner:
             self.model.gradient_checkpointing_enable()
         if self.settings.router_policy == "frozen":
             freeze_routers(self.model)
-        parallelise(self.model, ParallelPlan(data=self.settings.world_size), self.device.type)
+        expert = self.settings.expert_parallel
+        plan = ParallelPlan(data=self.settings.world_size // expert, expert=expert)
+        parallelise(self.model, plan, self.device.type)
         self.tokenizer = load_tokenizer(self.settings.checkpoint)
         self.optimizer = self._optimizer()
         self.fp8 = self._fp8()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.checkpoint import load_policy, save_policy
+from model.experts import Experts
 from model.fp8_gauges import TensorStats
 from model.parallel import full_tensors
 from model.precision import Fp8Settings
@@ -58,8 +59,9 @@ def steps(rank: int, settings: LearnerSettings, out: str, resume_from: str = "",
     weights = {name: tensor.clone() for name, tensor in full_tensors(learner.model)}
     learner.save_state(f"{out}/{'resumed' if resume_from else 'state'}-{settings.world_size}.pt")
     learner.save(f"{out}/checkpoint-{settings.world_size}")
-    torch.save({"metrics": metrics, "weights": weights, "bytes": own_bytes, "probe": vars_of(published)},
-               f"{out}/{name}.pt")  # fmt: skip
+    experts = [len(module.weights()[0]) for module in learner.model.modules() if isinstance(module, Experts)]
+    torch.save({"metrics": metrics, "weights": weights, "bytes": own_bytes, "probe": vars_of(published),
+                "experts": experts}, f"{out}/{name}.pt")  # fmt: skip
     if settings.world_size > 1:  # a process that ends with gloo's threads alive may abort
         torch.distributed.destroy_process_group()
 
@@ -129,22 +131,50 @@ def test_two_learners_make_the_steps_that_one_makes(tmp_path, changes, gauges):
     assert_same(two, one, gauges)
     assert abs(two[0]["bytes"] - two[1]["bytes"]) < 0.05 * one["bytes"], "each holds its share"
     assert sum(half["bytes"] for half in two) < 1.05 * one["bytes"], "and nothing is held twice"
-    whole = dict(load_policy(tmp_path / "checkpoint-2").named_parameters())
-    for name, tensor in two[0]["weights"].items():
+    assert_whole(tmp_path, two[0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "gauges"),
+    [
+        ({"router_policy": "low_lr", "weight_decay": 0.1}, ["router/max_vio", "router/drift"]),
+        ({"balance_coef": 3.0, "z_coef": 0.5}, ["router/balance_loss", "router/z_loss"]),
+        ({"max_grad_norm": 0.05, "micro_batch_tokens": 1000}, ["router/drift"]),
+    ],
+    ids=["slow routers", "router losses", "one micro-batch"],
+)
+def test_two_learners_with_half_of_the_experts_each_make_the_steps_that_one_makes(tmp_path, changes, gauges):
+    settings = tiny_settings(tmp_path, **changes)
+    one = of_one(settings, tmp_path)
+    two = of_two(dataclasses.replace(settings, expert_parallel=2), tmp_path)
+    assert_same(two, one, gauges)
+    for half in two:
+        assert half["experts"] == [2] * len(one["experts"]) and set(one["experts"]) == {4}, "of each layer"
+        norms = [[metrics["grad_norm"] for metrics in learner["metrics"]] for learner in (half, one)]
+        assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert sum(half["bytes"] for half in two) < 1.05 * one["bytes"], "nothing is held twice"
+    assert_whole(tmp_path, two[0])
+
+
+def assert_whole(out: Path, two: dict[str, Any]) -> None:
+    """What two learners saved and published is what they hold together."""
+    whole = dict(load_policy(out / "checkpoint-2").named_parameters())
+    for name, tensor in two["weights"].items():
         assert torch.equal(whole[name], tensor), name
-    with WeightFiles(tmp_path / "published.safetensors") as files:
-        assert weights_digest(iter(files)) == two[0]["probe"]["digest"]
+    with WeightFiles(out / "published.safetensors") as files:
+        assert weights_digest(iter(files)) == two["probe"]["digest"]
 
 
-def test_a_state_of_two_learners_is_gone_on_from_bit_for_bit_by_two_and_closely_by_one(tmp_path):
-    settings = tiny_settings(tmp_path)
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_a_state_of_two_learners_is_gone_on_from_bit_for_bit_by_two_and_closely_by_one(tmp_path, expert_parallel):
+    settings = tiny_settings(tmp_path, expert_parallel=expert_parallel)
     uninterrupted = of_two(settings, tmp_path)[0]
     of_two(settings, tmp_path, "", 1)  # leaves state-2.pt
     state = str(tmp_path / "state-2.pt")
     resumed = of_two(settings, tmp_path, state, STEPS - 1)[0]
     for name, tensor in uninterrupted["weights"].items():
         assert torch.equal(resumed["weights"][name], tensor), name
-    alone = of_one(settings, tmp_path, resume_from=state, num_steps=STEPS - 1)
+    alone = of_one(dataclasses.replace(settings, expert_parallel=1), tmp_path, resume_from=state, num_steps=STEPS - 1)
     for name, tensor in uninterrupted["weights"].items():
         torch.testing.assert_close(alone["weights"][name], tensor, atol=1e-5, rtol=1e-4, msg=name)
 
@@ -161,9 +191,10 @@ def test_two_learners_of_a_dense_llama(tmp_path):
     assert_same(of_two(settings, tmp_path), one, [])
 
 
-def test_a_layer_that_one_learner_sees_stored_badly_leaves_fp8_in_both(tmp_path):
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_a_layer_that_one_learner_sees_stored_badly_leaves_fp8_in_both(tmp_path, expert_parallel):
     """Learners that disagreed would compute different models."""
     fp8 = Fp8Settings(keep_first_and_last=False)
-    for seen in of_two(tiny_settings(tmp_path, fp8=fp8), tmp_path):
+    for seen in of_two(tiny_settings(tmp_path, fp8=fp8, expert_parallel=expert_parallel), tmp_path):
         metrics = seen["metrics"][0]
         assert metrics["fp8/layer1/down.input/snr_db"] == 1.0 and metrics["notes"] == 1

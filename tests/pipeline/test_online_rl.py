@@ -1,10 +1,12 @@
-"""What stage 2 finds in its folder when it goes on after a kill. The stage itself runs in tests/integration."""
+"""What stage 2 finds in its folder when it goes on after a kill, and what it tells its learners. The stage itself runs
+in tests/integration."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+
 
 from pipeline.config import OnlineRlStage
 from pipeline.online_rl import _remove_remains, learner_settings
@@ -26,3 +28,10 @@ def test_every_learner_is_told_whether_to_recompute_activations(tmp_path: Path, 
     stage = OnlineRlStage(name="climb", kind="online_rl", policy="x", tasks={}, activation_checkpointing=on)
     settings = learner_settings(stage, tmp_path, 0, tmp_path, world_size=2)
     assert [one.activation_checkpointing for one in settings] == [on, on]
+
+
+def test_every_learner_is_told_its_rank_and_over_how_many_experts_are_spread(tmp_path: Path) -> None:
+    stage = OnlineRlStage(name="climb", kind="online_rl", policy="base", tasks={})
+    settings = learner_settings(stage, tmp_path, 0, tmp_path, world_size=4, expert_parallel=2)
+    assert [(one.rank, one.world_size, one.expert_parallel) for one in settings] == [(n, 4, 2) for n in range(4)]
+    assert learner_settings(stage, tmp_path, 0, tmp_path, world_size=1)[0].expert_parallel == 1

@@ -225,6 +225,29 @@ def test_the_scope_of_fp8_is_the_recipes_to_say(monkeypatch: Any) -> None:
     assert "stages.climb.fp8.layers: " in refusal(data)
 
 
+@pytest.mark.parametrize(
+    ("learners", "expert_parallel", "policy", "told"),
+    [
+        (4, 2, "made", None),
+        (2, 1, BASE, None),
+        (2, 2, "somewhere/on_a_hub", None),  # known when it is fetched
+        (6, 4, "made", "4 does not divide cluster.learners, which is 6; write 1 or 2 or 3 or 6"),
+        (12, 12, "made", "12 does not divide the 8 experts of the model that stages.climb trains; write 1 or 2 or 4."),
+        (2, 2, BASE, "2, but stages.climb trains a model without experts of ours to spread; write 1"),
+    ],
+)
+def test_experts_are_spread_over_what_divides_them(learners: int, expert_parallel: int, policy: str, told: Any) -> None:
+    stages = [
+        {"name": "made", "kind": "upcycle", "source": BASE, "experts": 8},
+        {"name": "climb", "kind": "online_rl", "policy": policy, "tasks": {}},
+    ]
+    data = {"cluster": {"learners": learners, "expert_parallel": expert_parallel}, "stages": stages}
+    if told is None:
+        assert check(data).cluster.expert_parallel == expert_parallel
+    else:
+        assert f"cluster.expert_parallel: {told}" in refusal(data)
+
+
 def test_at_least_twenty_broken_recipes_are_kept() -> None:
     assert len(BROKEN) >= 20
 
