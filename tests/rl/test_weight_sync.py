@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from blake3 import blake3
-from safetensors.torch import save_file
+from pretended_gpu import pretended_gpu
+from safetensors.torch import load_file, save_file
 
 from rl.weight_sync import (
     EMBEDDING,
@@ -148,3 +151,20 @@ def test_tied_head_that_differs_from_the_embedding_is_refused(tmp_path: Path) ->
             else:
                 with pytest.raises(WeightsRefused, match="ties them"):
                     check_tied_head(files)
+
+
+def test_memory_on_a_gpu_is_not_used_again_while_its_place_is_remembered(tmp_path: Path) -> None:
+    """A tensor in the place of one that was let go would be taken for the same, and left out."""
+    seen: list[weakref.ref[torch.Tensor]] = []
+
+    def stream() -> Iterator[tuple[str, torch.Tensor]]:
+        for i in range(3):
+            tensor = torch.full((4,), float(i), device="cuda")
+            seen.append(weakref.ref(tensor))
+            yield f"w{i}", tensor
+            del tensor
+        assert all(one() is not None for one in seen)
+
+    with pretended_gpu():
+        publish_weights(stream(), tmp_path / "w")
+    assert [float(tensor[0]) for tensor in load_file(tmp_path / "w").values()] == [0.0, 1.0, 2.0]
