@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-
 from pipeline.config import OnlineRlStage
 from pipeline.online_rl import _remove_remains, learner_settings
 
