@@ -230,8 +230,10 @@ def lengths(folder: Annotated[Path, typer.Argument(help="A run of ours, FOLDER/d
         if (cell := (row["domain"], row["level"])) in right
     )
     shorter = sum(length - sorted(some)[len(some) // 10] for some in right.values() for length in some)
+    never = sum(len(row["answer_ids"]) for row in rows if (row["domain"], row["level"]) not in right)
     cut_off = sum(len(row["answer_ids"]) for row in rows if row["finish_reason"] == "length")
     print(f"{whole:,} tokens; answers of the length limit {cut_off / whole:.1%}")
+    print(f"of levels that were never answered rightly: {never / whole:.1%}")
     print(f"beyond {STOP_AT} × the longest right one of their level: {over / whole:.1%}")
     print(f"right ones beyond the shortest tenth of their level's: {shorter / whole:.1%}")
 
