@@ -14,8 +14,8 @@ Every row routes the same tokens (uniformly at random) to E experts of one SwiGL
   bytes      the same of the bytes alone
   memory     of one forward + backward above what was there before: ours, transformers'
 
-The allocator keeps freed memory, for all contenders alike (`kept_memory.py`). Minimum of the runs, contenders taking
-turns.
+The allocator keeps freed memory, for all contenders alike (`kept_memory.py`); each row has a process of its own, which
+gives back what transformers' experts took (up to 15 GB). Minimum of the runs, contenders taking turns.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated
 
@@ -129,7 +131,10 @@ def peak_mib(work: Callable[[], object]) -> float:
     return added
 
 
-def bandwidth(runs: int) -> tuple[float, float]:
+Bandwidth = tuple[float, float]
+
+
+def bandwidth(runs: int) -> Bandwidth:
     """(read, write) bytes a second of one core, over 256 MiB: far more than it has cache."""
     data = torch.ones(2**25, dtype=torch.int64)
     read = min(seconds(data.sum) for _ in range(runs))
@@ -137,8 +142,11 @@ def bandwidth(runs: int) -> tuple[float, float]:
     return data.nbytes / read, data.nbytes / written
 
 
-def row(contenders: Contenders, runs: int, with_theirs: bool, read: float, write: float) -> list[str]:
-    (num_experts, width, hidden), num_tokens = contenders.ours.down_proj.shape, len(contenders.x)
+def row(
+    shape: tuple[int, int, int], num_tokens: int, dtype: torch.dtype, runs: int, with_theirs: bool, speed: Bandwidth
+) -> list[str]:
+    contenders, (num_experts, hidden, width) = Contenders(*shape, num_tokens, dtype), shape
+    read, write = speed
     compared = ("ours", "theirs") if with_theirs else ("ours",)
     names = ("dense", "two", *compared)
     memory = {name: peak_mib(partial(contenders.run, name)) for name in compared}
@@ -170,15 +178,16 @@ def main(
     """Measure and print one table."""
     torch.set_num_threads(1)
     kind: torch.dtype = getattr(torch, dtype)
-    read, write = bandwidth(runs)
+    read, write = speed = bandwidth(runs)
     table = Table(
         "E", "hidden", "width", "tokens/expert", "dense ms", "ours ms", "of dense", "roofline", "bytes", "× HF",
         "× HF / E", "MiB ours", "MiB HF",
         title=f"{dtype}, {tokens} tokens, {platform.machine()}, torch {torch.__version__}",
         caption=f"read {read / 1e9:.1f} GB/s, write {write / 1e9:.1f} GB/s, one core",
     )  # fmt: skip
-    for shape in SHAPES:
-        table.add_row(*row(Contenders(*shape, tokens, kind), runs, with_theirs, read, write))
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as process:
+        for shape in SHAPES:
+            table.add_row(*process.submit(row, shape, tokens, kind, runs, with_theirs, speed).result())
     Console(width=150).print(table)
 
 
