@@ -33,6 +33,8 @@ def main(
     score: Annotated[str, typer.Option(help="Its evaluate stage.")] = "score",
 ) -> None:
     """Print the figures."""
+    if not (run / score / "results.json").exists():
+        raise SystemExit(f"{run}: its stage {score} is not finished; the command that began the run goes on with it")
     steps = [json.loads(line) for line in (run / climb / "steps.jsonl").read_text().splitlines()]
     warm = steps[WARM_UP:]
     groups = sum(step["groups"] for step in warm)
