@@ -12,6 +12,7 @@ levels alike, which no arm ever sees. What an arm needs is read off where its cu
 
 Arms: A    TRL's GRPOTrainer, uniform              B    ours, uniform, the settings of A
       C    ours in full                            C-x  ours in full without lever x
+      C0   C at its full rate from the first step  C0-x the same without lever x
       B+x  ours uniform, and lever x alone           C+x  ours in full, and x more or in the place of another
 Pools, in `efficiency_pools.py`: dead, filtered, gym.
 """
@@ -50,7 +51,7 @@ FULL: dict[str, Any] = {
     "learning_rate": 5.0e-4,
     "max_staleness": 0,
     "updates_per_step": 2,
-    "warmup_steps": 0,
+    "warmup_steps": 3,
     "last_rate_share": 0.2,
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
                    "gate": "speed", "screen": 4, "rare_answers": 0},
@@ -62,7 +63,6 @@ LEVERS: dict[str, dict[str, Any]] = {
     "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
     "second_update": {"updates_per_step": 1},
-    "full_rate_at_once": {"warmup_steps": 3},
     "decline": {"last_rate_share": 1.0},
     "small_groups": {"group_size": 16},
     "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3},
@@ -88,7 +88,7 @@ MORE: dict[str, dict[str, Any]] = {
 def run(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
     pools: Annotated[list[str], typer.Option(help=" | ".join(efficiency_pools.POOLS))] = ["dead", "filtered"],  # noqa: B006
-    arms: Annotated[list[str], typer.Option(help="A | B | B+<lever> | C | C-<lever> | C+<lever>")] = ["A", "B", "C"],  # noqa: B006
+    arms: Annotated[list[str], typer.Option(help="A | B | B+<lever> | C | C0 | C-<lever> | …")] = ["A", "B", "C"],  # noqa: B006
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
     settings: Annotated[str, typer.Option(help="YAML over an arm's stage, for a trial: '{learning_rate: 8e-4}'.")] = "",
@@ -121,6 +121,8 @@ def stage_of(arm: str, pool: str) -> dict[str, Any]:
     uniform = SHARED[pool] | {"max_staleness": 2, "curriculum": UNIFORM}
     arms = {"B": uniform, "C": FULL}
     arms |= {f"B+{name}": uniform | lever for name, lever in ALONE.items()}
+    at_once = FULL | {"warmup_steps": 0}
+    arms |= {"C0": at_once} | {f"C0-{name}": changed(at_once, lever) for name, lever in LEVERS.items()}
     arms |= {f"C-{name}": changed(FULL, lever) for name, lever in LEVERS.items()}
     arms |= {f"C+{name}": changed(FULL, lever) for name, lever in MORE.items()}
     if arm not in arms:
