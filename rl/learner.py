@@ -289,7 +289,8 @@ class PolicyLearner:
         from rl.batcher import micro_batches
 
         shared = self._shares_prompts()
-        cuts = [cut.to(self.device) for cut in micro_batches(batch, self.settings.micro_batch_tokens, shared)]
+        cuts = micro_batches(batch, self.settings.micro_batch_tokens, share_prompts=shared)
+        cuts = [cut.to(self.device) for cut in cuts]
         denominators = self._denominators(cuts)
         if denominators.tokens == 0:
             return {"loss": 0.0, "grad_norm": 0.0}, 0
