@@ -173,7 +173,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="float32, in which a CPU trains, or bfloat16.")] = "float32",
     runs: Annotated[int, typer.Option(help="Runs to take the fastest of.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 4096,
-    with_theirs: Annotated[bool, typer.Option(help="Run transformers' experts too (minutes).")] = True,
+    with_theirs: Annotated[bool, typer.Option(help="Run transformers' experts too: many minutes, 15 GB.")] = True,
 ) -> None:
     """Measure and print one table."""
     torch.set_num_threads(1)
