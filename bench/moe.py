@@ -1,6 +1,6 @@
 """Routed experts: ours over transformers' and over a dense MLP of the same active FLOPs, forward + backward, one core.
 
-    python bench/moe.py [--dtype float32] [--runs 5] [--tokens 4096]
+    python bench/moe.py [--dtype float32] [--runs 5] [--tokens 4096] [--hidden 256]
 
 Every row routes the same tokens (uniformly at random) to E experts of one SwiGLU each. Columns:
 
@@ -174,6 +174,7 @@ def main(
     runs: Annotated[int, typer.Option(help="Runs to take the fastest of.")] = 5,
     tokens: Annotated[int, typer.Option(help="Tokens of the batch.")] = 4096,
     with_theirs: Annotated[bool, typer.Option(help="Run transformers' experts too: many minutes, 15 GB.")] = True,
+    hidden: Annotated[int | None, typer.Option(help="Only the shapes of this hidden size.")] = None,
 ) -> None:
     """Measure and print one table."""
     torch.set_num_threads(1)
@@ -187,6 +188,9 @@ def main(
     )  # fmt: skip
     with ProcessPoolExecutor(1, mp_context=get_context("spawn"), max_tasks_per_child=1) as process:
         for shape in SHAPES:
+            if hidden not in (None, shape[1]):
+                continue
+            print(f"{shape[0]} experts, hidden {shape[1]}", file=sys.stderr, flush=True)
             table.add_row(*process.submit(row, shape, tokens, kind, runs, with_theirs, speed).result())
     Console(width=150).print(table)
 
