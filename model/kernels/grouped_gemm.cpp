@@ -13,6 +13,7 @@
 //   dgrad    w, as it lies            dyᵀ of the expert, packed before       dxᵀ, turned into dx at the end
 //   wgrad    x, ROWS of its columns   dy of the expert, packed before        dw, in the order of memory
 //
+// With the rows of one tile or fewer forward goes another way, `forward_of_few`: then there is nothing to do but read.
 // An element is the same sum in the same order whatever rows are beside it, and whatever the number of threads.
 //
 // Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width.
@@ -26,6 +27,10 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#if defined(__SSE__)
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -42,6 +47,9 @@ constexpr int COLUMNS = 2 * LANES;  // two vectors; one where no more columns ar
 constexpr int ROWS = LANES == 16 ? 12 : 6;  // its sums, the two vectors and a broadcast fill the registers
 constexpr int64_t DEPTH = 64;       // rows of w that forward multiplies before the rows after them
 constexpr int64_t MOST_ROWS = 256;  // that dgrad turns at a time: they stay in the cache
+constexpr int STEPS = 8;                // rows of w that forward keeps in registers where an expert has few rows
+constexpr int64_t FAR_AHEAD = 1 << 13;  // floats that it fetches ahead
+constexpr int64_t LARGE = 1 << 23;      // floats: more than a cache holds
 constexpr int LINE = 64 / sizeof(float);  // of the cache
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -51,6 +59,24 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 
 ALWAYS_INLINE inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 ALWAYS_INLINE inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
+
+// Past the cache, where the processor can: to a multiple of the vector's size.
+ALWAYS_INLINE inline void stream(float* to, Vector value) {
+#if defined(__AVX512F__)
+    if constexpr (LANES == 16) return _mm512_stream_ps(to, *reinterpret_cast<const __m512*>(&value));
+#endif
+#if defined(__AVX__)
+    if constexpr (LANES == 8) return _mm256_stream_ps(to, *reinterpret_cast<const __m256*>(&value));
+#endif
+    store(to, value);
+}
+
+// What a thread has streamed is seen by others after this.
+inline void streams_end() {
+#if defined(__SSE__)
+    _mm_sfence();
+#endif
+}
 
 enum class Left { AS_IT_LIES, PACKED };     // element (i, k) at left[i · left_stride + k], or at left[k · ROWS + i]
 enum class Right { PACKED, TO_BE_PACKED };  // step k at right[k · its columns], or at right[k · right_stride]
@@ -66,14 +92,28 @@ struct Operands {
     int64_t result_stride = 0;
     int columns = 0;               // of the result; the right side may have more, which nobody reads
     bool add = false;              // to what is there
-    const float* ahead = nullptr;  // memory to fetch meanwhile, COLUMNS floats at each of the first steps
-    int64_t ahead_steps = 0;
+    bool past_cache = false;       // the result, of whole vectors; nobody reads it soon
+    const float* ahead = nullptr;  // memory to fetch meanwhile, a line of the cache at each of the first steps
+    int64_t lines_ahead = 0;
 };
 
 template <int TILE_ROWS, int VECTORS, Left LEFT, Right RIGHT>
 void tile(const Operands& of) {
     constexpr bool WRITTEN_NEXT = LEFT == Left::PACKED;  // wgrad fetches what it will write
     Vector sums[TILE_ROWS][VECTORS] = {};
+    const bool whole_vectors = of.columns == VECTORS * LANES;
+    if (of.add) {
+        UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+            const float* from = of.result + i * of.result_stride;
+            if (whole_vectors) {
+                UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] = load(from + v * LANES);
+            } else {
+                float row[VECTORS * LANES] = {};
+                std::copy_n(from, of.columns, row);
+                UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] = load(row + v * LANES);
+            }
+        }
+    }
     const float *left = of.left, *right = of.right;
     const int64_t left_stride = of.left_stride, depth = of.depth;
     const int64_t right_stride = RIGHT == Right::PACKED ? VECTORS * LANES : of.right_stride;
@@ -89,28 +129,26 @@ void tile(const Operands& of) {
             UNROLL for (int v = 0; v < VECTORS; v++) sums[i][v] += factor * vectors[v];
         }
     };
-    if (!of.add)  // the results to the right come next
+    if (!of.add && !of.past_cache)  // the results to the right come next
         UNROLL for (int i = 0; i < TILE_ROWS; i++) __builtin_prefetch(of.result + i * of.result_stride + COLUMNS, 1, 3);
     int64_t k = 0;
     const float* ahead = of.ahead;
-    for (const int64_t fetched = std::min(of.ahead_steps, depth); k < fetched; k++, ahead += COLUMNS) {
-        UNROLL for (int line = 0; line < COLUMNS; line += LINE) __builtin_prefetch(ahead + line, WRITTEN_NEXT, 2);
+    for (const int64_t fetched = std::min(of.lines_ahead, depth); k < fetched; k++, ahead += LINE) {
+        __builtin_prefetch(ahead, WRITTEN_NEXT, 2);
         step(k);
     }
     for (; k < depth; k++) step(k);
 
-    if (of.columns == VECTORS * LANES) {
-        UNROLL for (int i = 0; i < TILE_ROWS; i++) UNROLL for (int v = 0; v < VECTORS; v++) {
-            float* to = of.result + i * of.result_stride + v * LANES;
-            store(to, of.add ? load(to) + sums[i][v] : sums[i][v]);
-        }
-        return;
-    }
-    for (int i = 0; i < TILE_ROWS; i++) {
-        float row[VECTORS * LANES];
-        UNROLL for (int v = 0; v < VECTORS; v++) store(row + v * LANES, sums[i][v]);
+    UNROLL for (int i = 0; i < TILE_ROWS; i++) {
         float* to = of.result + i * of.result_stride;
-        for (int j = 0; j < of.columns; j++) to[j] = of.add ? to[j] + row[j] : row[j];
+        if (whole_vectors) {
+            UNROLL for (int v = 0; v < VECTORS; v++)
+                of.past_cache ? stream(to + v * LANES, sums[i][v]) : store(to + v * LANES, sums[i][v]);
+        } else {
+            float row[VECTORS * LANES];
+            UNROLL for (int v = 0; v < VECTORS; v++) store(row + v * LANES, sums[i][v]);
+            std::copy_n(row, of.columns, to);
+        }
     }
 }
 
@@ -140,7 +178,7 @@ class Scratch {
     size_t size_ = 0;
 };
 
-thread_local Scratch packed_right, packed_left, turned_result;
+thread_local Scratch packed_right, packed_left, turned_result, sums_of_few;
 
 // [depth, width] into panels [depth, COLUMNS]; the last one ends in zeros.
 void pack(const float* from, int64_t stride, int64_t depth, int64_t width, float* panels) {
@@ -199,20 +237,20 @@ void forward(const float* x, const float* w, float* out, int64_t M, int64_t K, i
     for (int64_t k = 0; k < K; k += DEPTH) {
         const int64_t depth = std::min(DEPTH, K - k);
         const int64_t depth_ahead = k + DEPTH < K ? std::min(DEPTH, K - k - DEPTH) : more ? std::min(DEPTH, K) : 0;
-        const int64_t steps_ahead = depth_ahead * N / COLUMNS;
+        const int64_t lines_ahead = depth_ahead * N / LINE;
         int64_t tile_index = 0;
         for (int64_t n = 0; n < N; n += COLUMNS) {
             const int columns = std::min<int64_t>(COLUMNS, N - n);
             if (columns < COLUMNS) pack(w + k * N + n, N, depth, columns, packed);
             for (int64_t t = 0; t < row_tiles; t++, tile_index++) {
-                const int64_t m = t * M / row_tiles, fetched = tile_index * steps_ahead / tiles;
+                const int64_t m = t * M / row_tiles, fetched = tile_index * lines_ahead / tiles;
                 const int rows = (t + 1) * M / row_tiles - m;
                 Operands of;
                 of.depth = depth;
                 of.left = x + m * K + k, of.left_stride = K;
                 of.result = out + m * N + n, of.result_stride = N, of.columns = columns, of.add = k > 0;
-                of.ahead = w + (k + depth) * N + fetched * COLUMNS;
-                of.ahead_steps = (tile_index + 1) * steps_ahead / tiles - fetched;
+                of.ahead = w + (k + depth) * N + fetched * LINE;
+                of.lines_ahead = (tile_index + 1) * lines_ahead / tiles - fetched;
                 if (t == 0 && columns == COLUMNS) {
                     of.right = w + k * N + n, of.right_stride = N, of.packed = packed;
                     tile_of<2, Left::AS_IT_LIES, Right::TO_BE_PACKED>(rows, of);
@@ -223,6 +261,29 @@ void forward(const float* x, const float* w, float* out, int64_t M, int64_t K, i
             }
         }
     }
+}
+
+// The same for rows of one tile, where K and N are whole: w as it lies, in registers, STEPS of its rows at a time, and
+// the sums in the cache. That reads memory in its order, as a processor fetches by itself, and adds in the same order.
+void forward_of_few(const float* x, const float* w, float* out, int64_t M, int64_t K, int64_t N) {
+    const int64_t stride = N + LANES;  // not a power of two: such rows push each other out of the cache
+    float* sums = sums_of_few.floats(M * stride);
+    std::fill_n(sums, M * stride, 0.f);
+    for (int64_t k = 0; k < K; k += STEPS)
+        for (int64_t n = 0; n < N; n += LANES) {
+            Vector weights[STEPS];
+            UNROLL for (int q = 0; q < STEPS; q++) {
+                weights[q] = load(w + (k + q) * N + n);
+                __builtin_prefetch(w + k * N + n * STEPS + q * LANES + FAR_AHEAD, 0, 2);
+            }
+            for (int64_t m = 0; m < M; m++) {
+                float* to = sums + m * stride + n;
+                Vector sum = load(to);
+                UNROLL for (int q = 0; q < STEPS; q++) sum += x[m * K + k + q] * weights[q];
+                store(to, sum);
+            }
+        }
+    for (int64_t m = 0; m < M; m++) std::copy_n(sums + m * stride, N, out + m * N);
 }
 
 // dx[M, K] = dy[M, N] · w[K, N]ᵀ, for up to MOST_ROWS rows: as dxᵀ = w · dyᵀ.
@@ -242,7 +303,7 @@ void dgrad(const float* dy, const float* w, float* dx, int64_t M, int64_t K, int
             of.left = w + k * N, of.left_stride = N;
             of.right = panels + m * N;
             of.result = turned + m * K + k * COLUMNS, of.result_stride = COLUMNS, of.columns = width_from(m);
-            if (m == 0 && (more || k + 2 * ROWS <= K)) of.ahead = w + (k + ROWS) * N, of.ahead_steps = rows * N / COLUMNS;
+            if (m == 0 && (more || k + 2 * ROWS <= K)) of.ahead = w + (k + ROWS) * N, of.lines_ahead = rows * N / LINE;
             if (of.columns == COLUMNS)
                 tile_of<2, Left::AS_IT_LIES, Right::PACKED>(rows, of);
             else
@@ -256,7 +317,7 @@ void dgrad(const float* dy, const float* w, float* dx, int64_t M, int64_t K, int
 }
 
 // dw[K, N] = x[M, K]ᵀ · dy[M, N]
-void wgrad(const float* x, const float* dy, float* dw, int64_t M, int64_t K, int64_t N) {
+void wgrad(const float* x, const float* dy, float* dw, int64_t M, int64_t K, int64_t N, bool past_cache) {
     if (M == 0) {
         std::fill_n(dw, K * N, 0.f);
         return;
@@ -273,7 +334,8 @@ void wgrad(const float* x, const float* dy, float* dw, int64_t M, int64_t K, int
             of.left = left;
             of.right = panels + n * M;
             of.result = dw + k * N + n, of.result_stride = N, of.columns = columns;
-            if (k + 2 * ROWS <= K) of.ahead = dw + (k + ROWS) * N + n * ROWS, of.ahead_steps = ROWS;
+            of.past_cache = past_cache;
+            if (!past_cache && k + 2 * ROWS <= K) of.ahead = dw + (k + ROWS) * N + n * ROWS, of.lines_ahead = ROWS * COLUMNS / LINE;
             tile_of<2, Left::PACKED, Right::PACKED>(rows, of);
         }
     }
@@ -302,7 +364,11 @@ extern "C" {
 void grouped_forward(const float* x, const float* w, float* out, const int32_t* ends, int64_t E, int64_t K, int64_t N,
                      int threads) {
     for_each_expert(ends, E, threads, [&](int64_t e, int64_t first, int64_t M) {
-        if (M) forward(x + first * K, w + e * K * N, out + first * N, M, K, N, e + 1 < E);
+        const float *rows = x + first * K, *weights = w + e * K * N;
+        if (M && M <= ROWS && K % STEPS == 0 && N % LANES == 0)
+            forward_of_few(rows, weights, out + first * N, M, K, N);
+        else if (M)
+            forward(rows, weights, out + first * N, M, K, N, e + 1 < E);
     });
 }
 
@@ -316,8 +382,10 @@ void grouped_dgrad(const float* dy, const float* w, float* dx, const int32_t* en
 
 void grouped_wgrad(const float* x, const float* dy, float* dw, const int32_t* ends, int64_t E, int64_t K, int64_t N,
                    int threads) {
+    const bool past_cache = E * K * N > LARGE && N % COLUMNS == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0;
     for_each_expert(ends, E, threads, [&](int64_t e, int64_t first, int64_t M) {
-        wgrad(x + first * K, dy + first * N, dw + e * K * N, M, K, N);
+        wgrad(x + first * K, dy + first * N, dw + e * K * N, M, K, N, past_cache);
+        streams_end();
     });
 }
 }

@@ -22,6 +22,7 @@ SHAPES = (
     ([1, 6], 1, 1),
     ([40, 0], 130, 33),
     ([300, 2], 12, 96),
+    ([5, 0, 12, 40], 16, 64),  # the first and third without a tile, in forward
 )
 
 
@@ -77,8 +78,9 @@ def test_equal_to_a_loop_over_experts(library, sizes, k, n):
     assert all(not dw_EKN[e].any() for e, rows in enumerate(sizes) if not rows)
 
 
-def test_a_row_has_the_same_bits_whatever_is_beside_it_and_for_any_number_of_threads(library):
-    x_RK, w_EKN, dy_RN, ends_E = operands([29, 5, 11], 70, 45)
+@pytest.mark.parametrize("k, n", [(70, 45), (64, 48)], ids=["ragged", "few rows go their own way"])
+def test_a_row_has_the_same_bits_whatever_is_beside_it_and_for_any_number_of_threads(library, k, n):
+    x_RK, w_EKN, dy_RN, ends_E = operands([29, 5, 11], k, n)
     out_RN, dx_RK, dw_EKN = products(library, x_RK, w_EKN, dy_RN, ends_E)
     for together, threaded in zip((out_RN, dx_RK, dw_EKN), products(library, x_RK, w_EKN, dy_RN, ends_E, 3)):
         assert torch.equal(together, threaded)
@@ -86,6 +88,14 @@ def test_a_row_has_the_same_bits_whatever_is_beside_it_and_for_any_number_of_thr
         alone = products(library, x_RK[row : row + 1], w_EKN[:1], dy_RN[row : row + 1], torch.tensor([1]).int())
         assert torch.equal(alone[0][0], out_RN[row])
         assert torch.equal(alone[1][0], dx_RK[row])
+
+
+def test_gradients_beyond_the_cache_are_whole():
+    made = compiled(SOURCE)
+    assert made is not None
+    x_RK, w_EKN, dy_RN, ends_E = operands([3, 0, 14, *[1] * 15], 512, 1024)  # 18 experts, 36 MiB: written past it
+    _, _, dw_EKN = products(made, x_RK, w_EKN, dy_RN, ends_E, threads=2)
+    torch.testing.assert_close(dw_EKN, grouped_wgrad_loop(x_RK, dy_RN, ends_E))
 
 
 # rows of two experts, dtype, whether MKL is outrun here, threads
