@@ -222,9 +222,11 @@ def _multiply(
             left.q, right.q, left.scale.flatten(), right.scale.squeeze(1).contiguous(), offs=ends_E,
             out_dtype=out_dtype, use_fast_accum=False,
         )  # fmt: skip
-    from model.kernels import triton_fp8
+    from model.kernels import triton_grouped
 
-    return (triton_fp8.grouped_wgrad if is_wgrad else triton_fp8.grouped_mm)(left, right, ends_E, recipe, out_dtype)
+    product = triton_grouped.grouped_wgrad if is_wgrad else triton_grouped.grouped_mm
+    scales = triton_grouped.Scales(left.scale, right.scale, per_block=recipe == "block128")
+    return product(left.q, right.q, ends_E, out_dtype, scales)
 
 
 def _through(

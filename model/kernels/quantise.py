@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
+from model.kernels.row_tiles import TILE, row_tiles, starts
 from model.precision import Format, Recipe
 
-TILE = 128
 SMALLEST_SCALE = 1e-12  # a scale of zero would make 0/0 of a tensor of zeros
 
 
@@ -96,20 +96,11 @@ def quantise(
 
 
 def segments(ends_E: torch.Tensor, num_rows: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """First row, and one past the last, of each run of rows that shares scales: an expert's, or its tiles of 128.
-
-    How many tiles there are depends on the routing, for which the host should not have to wait. So tile t of expert e
-    has number ⌊start_e / 128⌋ + e + t of R // 128 + E, which never collides; a number nobody has is an empty run.
-    """
-    starts_E = F.pad(ends_E[:-1], (1, 0))
+    """First row, and one past the last, of each run of rows that shares scales: an expert's, or its tiles of 128."""
     if recipe != "block128":
-        return starts_E, ends_E
-    first_E = starts_E // TILE + torch.arange(len(ends_E), device=ends_E.device)
-    tile_S = torch.arange(num_rows // TILE + len(ends_E), device=ends_E.device)
-    expert_S = torch.searchsorted(first_E, tile_S, right=True) - 1
-    starts_S = starts_E[expert_S] + (tile_S - first_E[expert_S]) * TILE
-    stops_S = torch.minimum(starts_S + TILE, ends_E[expert_S])
-    return torch.minimum(starts_S, stops_S), stops_S
+        return starts(ends_E), ends_E
+    tiles = row_tiles(ends_E, num_rows)
+    return tiles.starts_S, tiles.stops_S
 
 
 def _amax_of_blocks(x: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

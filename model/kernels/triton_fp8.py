@@ -1,11 +1,11 @@
-"""FP8 on CUDA: quantisation and the three grouped products as Triton kernels. Imported only where they run.
+"""FP8 on CUDA: quantisation as Triton kernels. Imported only where they run; the products are triton_grouped.py's.
 
 The bytes and scales are those of model/kernels/quantise.py, bit for bit, but for the exponential in SwiGLU. What a
 kernel quantises it may make on the way: a permutation with its gates, or SwiGLU, so that neither is ever stored. The
 contracted axis of what is quantised lies contiguous in memory, as FP8 tensor cores want both operands.
 
-Tested on a CPU under Triton's interpreter (TRITON_INTERPRET=1, read when triton is imported) and compiled for sm_89 and
-sm_90. Not measured on a GPU: tile sizes and warps are first guesses.
+Tested on a CPU under Triton's interpreter (TRITON_INTERPRET=1, read when triton is imported) and compiled for sm_90.
+Not measured on a GPU: tile sizes are first guesses.
 
 Axes: R rows sorted by expert, E experts, C columns, K contracted and N output width, S segments of rows.
 """
@@ -24,7 +24,6 @@ from model.precision import Format, Recipe
 KINDS = {"plain": 0, "permuted": 1, "swiglu": 2}
 PLAIN, PERMUTED = tl.constexpr(0), tl.constexpr(1)
 ROWS_AT_ONCE = 32  # of a quantisation: 32 × 128 numbers are 32 registers a thread
-NUM_WARPS = 8
 
 
 @triton.jit
@@ -227,116 +226,3 @@ def _format_constants(layout: Layout) -> dict[str, Any]:
         "BIAS": layout.exponent_bias,
         "LARGEST_CODE": layout.largest_code,
     }
-
-
-@triton.jit
-def _grouped_mm(
-    x_ptr, x_stride_row, x_stride_k, sx_ptr, sx_stride_row, sx_stride_k,
-    w_ptr, w_stride_expert, w_stride_k, w_stride_n, sw_ptr, sw_stride_expert, sw_stride_k, sw_stride_n,
-    out_ptr, starts_ptr, stops_ptr, expert_ptr, num_k, num_n,
-    BLOCK: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """One tile of rows of one expert by WIDTH columns of its matrix: forward, and with the matrix transposed dgrad.
-    A stride of 0 repeats a scale. BLOCK: every DEPTH = 128 of the sum has its own scales."""
-    tile = tl.program_id(0)
-    start, stop = tl.load(starts_ptr + tile), tl.load(stops_ptr + tile)
-    expert = tl.load(expert_ptr + tile).to(tl.int64)
-    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-    columns = (tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
-    row_ok, column_ok = rows < stop, columns < num_n
-    sw_columns = sw_ptr + expert * sw_stride_expert + (columns // DEPTH if BLOCK else columns) * sw_stride_n
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    for chunk in range(tl.cdiv(num_k, DEPTH)):
-        k = (chunk * DEPTH + tl.arange(0, DEPTH)).to(tl.int64)
-        x_at = rows[:, None] * x_stride_row + k[None, :] * x_stride_k
-        w_at = expert * w_stride_expert + k[:, None] * w_stride_k + columns[None, :] * w_stride_n
-        x = tl.load(x_ptr + x_at, mask=row_ok[:, None] & (k < num_k)[None, :], other=0.0)
-        w = tl.load(w_ptr + w_at, mask=(k < num_k)[:, None] & column_ok[None, :], other=0.0)
-        if BLOCK:
-            part = tl.dot(x, w, max_num_imprecise_acc=DEPTH)
-            sx = tl.load(sx_ptr + rows * sx_stride_row + chunk * sx_stride_k, mask=row_ok, other=0.0)
-            sw = tl.load(sw_columns + chunk * sw_stride_k, mask=column_ok, other=0.0)
-            total += part * sx[:, None] * sw[None, :]
-        else:
-            total = tl.dot(x, w, total, max_num_imprecise_acc=DEPTH)
-    if not BLOCK:
-        sx = tl.load(sx_ptr + rows * sx_stride_row, mask=row_ok, other=0.0)
-        sw = tl.load(sw_columns, mask=column_ok, other=0.0)
-        total = total * sx[:, None] * sw[None, :]
-    out = out_ptr + rows[:, None] * num_n + columns[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
-
-
-@triton.jit
-def _grouped_wgrad(
-    x_ptr, x_stride_row, x_stride_k, sx_ptr, sx_stride_segment, sx_stride_k,
-    dy_ptr, dy_stride_row, dy_stride_n, sdy_ptr, sdy_stride_segment, sdy_stride_n,
-    out_ptr, starts_ptr, stops_ptr, num_k, num_n,
-    BLOCK: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """HEIGHT × WIDTH of one expert's xᵀ · dy, summed over its rows. BLOCK: each DEPTH = 128 rows have their scales."""
-    expert = tl.program_id(0).to(tl.int64)
-    start, stop = tl.load(starts_ptr + expert), tl.load(stops_ptr + expert)
-    k = (tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
-    columns = (tl.program_id(2) * WIDTH + tl.arange(0, WIDTH)).to(tl.int64)
-    k_ok, column_ok = k < num_k, columns < num_n
-    segment = (start // DEPTH + expert) if BLOCK else expert  # numbered as `segments` numbers them
-    total = tl.zeros([HEIGHT, WIDTH], tl.float32)
-    for first in range(start, stop, DEPTH):
-        rows = (first + tl.arange(0, DEPTH)).to(tl.int64)
-        row_ok = rows < stop
-        x_at = k[:, None] * x_stride_k + rows[None, :] * x_stride_row
-        dy_at = rows[:, None] * dy_stride_row + columns[None, :] * dy_stride_n
-        x = tl.load(x_ptr + x_at, mask=k_ok[:, None] & row_ok[None, :], other=0.0)
-        dy = tl.load(dy_ptr + dy_at, mask=row_ok[:, None] & column_ok[None, :], other=0.0)
-        if BLOCK:
-            part = tl.dot(x, dy, max_num_imprecise_acc=DEPTH)
-            sx = tl.load(sx_ptr + segment * sx_stride_segment + k * sx_stride_k, mask=k_ok, other=0.0)
-            sdy = tl.load(sdy_ptr + segment * sdy_stride_segment + columns * sdy_stride_n, mask=column_ok, other=0.0)
-            total += part * sx[:, None] * sdy[None, :]
-            segment += 1
-        else:
-            total = tl.dot(x, dy, total, max_num_imprecise_acc=DEPTH)
-    if not BLOCK:
-        sx = tl.load(sx_ptr + segment * sx_stride_segment + k * sx_stride_k, mask=k_ok, other=0.0)
-        sdy = tl.load(sdy_ptr + segment * sdy_stride_segment + columns * sdy_stride_n, mask=column_ok, other=0.0)
-        total = total * sx[:, None] * sdy[None, :]
-    out = out_ptr + expert * num_k * num_n + k[:, None] * num_n + columns[None, :]
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=k_ok[:, None] & column_ok[None, :])
-
-
-def grouped_mm(
-    left: Quantised, weights: Quantised, ends_E: torch.Tensor, recipe: Recipe, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """Rows [R, K] by the matrix [K, N] of their expert."""
-    (num_rows, num_k), num_n = left.q.shape, weights.q.shape[2]
-    out = torch.empty(num_rows, num_n, dtype=out_dtype, device=left.q.device)
-    starts_S, stops_S = segments(ends_E, num_rows, "block128")
-    expert_S = torch.searchsorted(ends_E.long(), starts_S, right=True).clamp_(max=len(ends_E) - 1)
-    _grouped_mm[(len(starts_S), triton.cdiv(num_n, TILE))](
-        left.q, *left.q.stride(), left.scale, *_scale_strides(left),
-        weights.q, *weights.q.stride(), weights.scale, *_scale_strides(weights),
-        out, starts_S, stops_S, expert_S, num_k, num_n,
-        BLOCK=recipe == "block128", ROWS=TILE, WIDTH=TILE, DEPTH=TILE, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return out
-
-
-def grouped_wgrad(
-    left: Quantised, dy: Quantised, ends_E: torch.Tensor, recipe: Recipe, out_dtype: torch.dtype
-) -> torch.Tensor:
-    """xᵀ · dy over the rows of each expert, [E, K, N]; zero for an empty one."""
-    num_k, num_n = left.q.shape[1], dy.q.shape[1]
-    out = torch.empty(len(ends_E), num_k, num_n, dtype=out_dtype, device=left.q.device)
-    starts_E, stops_E = segments(ends_E, len(left.q), "row")
-    _grouped_wgrad[(len(ends_E), triton.cdiv(num_k, TILE), triton.cdiv(num_n, TILE))](
-        left.q, *left.q.stride(), left.scale, *_scale_strides(left),
-        dy.q, *dy.q.stride(), dy.scale, *_scale_strides(dy),
-        out, starts_E, stops_E, num_k, num_n,
-        BLOCK=recipe == "block128", HEIGHT=TILE, WIDTH=TILE, DEPTH=TILE, num_warps=NUM_WARPS,
-    )  # fmt: skip
-    return out
-
-
-def _scale_strides(operand: Quantised) -> list[int]:
-    return [stride if size > 1 else 0 for size, stride in zip(operand.scale.shape, operand.scale.stride())]

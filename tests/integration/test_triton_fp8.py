@@ -1,25 +1,13 @@
-"""The Triton kernels under Triton's interpreter, against model/kernels/quantise.py and reference.py; then compiled.
-
-The interpreter is chosen by TRITON_INTERPRET when triton is first imported, which some other test may have done by now.
-So the checks below run in a process of their own, all in one, and each is reported as a test.
-"""
-
-import inspect
-import json
-import os
-import subprocess
-import sys
-import traceback
-from pathlib import Path
+"""FP8's Triton kernels under Triton's interpreter, against model/kernels/quantise.py and reference.py; and compiled."""
 
 import pytest
 import torch
+from triton_process import built_for, checks, compiled, main, outcomes
 
 from model.kernels import reference
-from model.kernels.fp8 import PermutedRows, SwiGluRows
+from model.kernels.fp8 import PermutedRows, SwiGluRows, _multiply
 from model.kernels.quantise import FORMATS, Quantised, quantise
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ["tensor", "row", "block128"]
 ENDS = torch.tensor([0, 130, 130, 131, 200], dtype=torch.int32)  # two empty experts; tiles of 128, 2, 1 and 69 rows
 K, N = 140, 150
@@ -95,8 +83,6 @@ def check_swiglu_rows_to_the_last_bit_of_the_exponential():
 
 
 def check_products_within_accumulation_error():
-    from model.kernels import triton_fp8
-
     x, w, dy = operands()
     x[5:15] = 1.0  # here the sums are compared, in which rows of 10⁶ would hide all others
     for fmt in FORMATS:
@@ -104,17 +90,17 @@ def check_products_within_accumulation_error():
             x_q, w_q, dy_q = quantise(x, recipe, 1), quantise(w, recipe, 1), quantise(dy, recipe, 1, fmt)
             wt_q = quantise(w, recipe, 2).transposed()
             x_down, dy_down = quantise(x, recipe, 0, "e4m3", ENDS), quantise(dy, recipe, 0, fmt, ENDS)
-            for product, loop, left, right in (
-                (triton_fp8.grouped_mm, reference.grouped_mm_loop, x_q, w_q),
-                (triton_fp8.grouped_mm, reference.grouped_mm_loop, dy_q, wt_q),
-                (triton_fp8.grouped_wgrad, reference.grouped_wgrad_loop, x_down, dy_down),
+            for loop, left, right in (
+                (reference.grouped_mm_loop, x_q, w_q),
+                (reference.grouped_mm_loop, dy_q, wt_q),
+                (reference.grouped_wgrad_loop, x_down, dy_down),
             ):
                 # The interpreter cuts fp32 to bf16 instead of rounding it: up to 2⁻⁸, where a GPU keeps within 2⁻⁹.
                 for out_dtype, limit in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
-                    got = product(left, right, ENDS, recipe, out_dtype)
+                    got = _multiply("triton", left, right, ENDS, recipe, out_dtype)
                     exact = loop(left.dequantise().double(), right.dequantise().double(), ENDS)
                     assert got.dtype == out_dtype
-                    assert (got.double() - exact).norm() < limit * exact.norm(), (recipe, fmt, product)
+                    assert (got.double() - exact).norm() < limit * exact.norm(), (recipe, fmt, loop)
 
 
 def check_all_rows_on_one_expert_and_no_rows_at_all():
@@ -128,83 +114,48 @@ def check_all_rows_on_one_expert_and_no_rows_at_all():
             def stored(tensor, axis):
                 return triton_fp8.quantise("plain", (tensor,), recipe, axis, "e4m3", ends_E)  # noqa: B023
 
-            out = triton_fp8.grouped_mm(stored(x[:rows], 1), stored(w, 1), ends_E, recipe, torch.float32)
+            out = _multiply("triton", stored(x[:rows], 1), stored(w, 1), ends_E, recipe, torch.float32)
             left, right = stored(x[:rows], 0), stored(dy[:rows], 0)
-            dw = triton_fp8.grouped_wgrad(left, right, ends_E, recipe, torch.float32)
+            dw = _multiply("triton", left, right, ends_E, recipe, torch.float32)
             assert out.shape == (rows, N) and out.isfinite().all()
             assert dw[[0, 1, 3, 4]].abs().max() == 0 and bool(dw[2].any()) is (rows > 0)
 
 
-def compile_for_hopper():
-    """The interpreter accepts what the compiler may not. Prints the tensor-core instructions of each product."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def compile_kernels():
+    """How often each product calls Hopper's tensor cores."""
+    from model.kernels import triton_fp8, triton_grouped
 
-    from model.kernels import triton_fp8 as kernels
-
-    formats = kernels._format_constants(FORMATS["e4m3"])
-    tile = {"ROWS": 32, "COLUMNS": 128, "KIND": 1} | formats
+    quantised = triton_fp8._format_constants(FORMATS["e4m3"]) | {"ROWS": 32, "COLUMNS": 128, "KIND": 1}
+    product = {"SCALES": "block", "WIDTH": 128, "DEPTH": 128}
     pointers = {"x_ptr": "*bf16", "token_ptr": "*i64", "gate_ptr": "*fp32", "q_ptr": "*u8", "scale_ptr": "*fp32"}
     bounds = {"starts_ptr": "*i64", "stops_ptr": "*i64", "expert_ptr": "*i64", "out_ptr": "*bf16"}
-    fp8 = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "dy_ptr": "*fp8e5", "sx_ptr": "*fp32", "sw_ptr": "*fp32"}
-    for kernel, constants in (
-        (kernels._quantise_rows, tile | {"GIVEN": False, "STORE": True, "CHUNKS": 2}),
-        (kernels._quantise_segments, tile | {"SQUARE": False}),
-        (kernels._grouped_mm, {"BLOCK": True, "ROWS": 128, "WIDTH": 128, "DEPTH": 128}),
-        (kernels._grouped_wgrad, {"BLOCK": True, "HEIGHT": 128, "WIDTH": 128, "DEPTH": 128}),
+    fp8 = {"x_ptr": "*fp8e4nv", "w_ptr": "*fp8e4nv", "dy_ptr": "*fp8e5"}
+    fp8 |= dict.fromkeys(("sx_ptr", "sw_ptr", "sdy_ptr"), "*fp32")
+    calls = {}
+    for kernel, constants, types in (
+        (triton_fp8._quantise_rows, quantised | {"GIVEN": False, "STORE": True, "CHUNKS": 2}, pointers),
+        (triton_fp8._quantise_segments, quantised | {"SQUARE": False}, pointers),
+        (triton_grouped._grouped_mm, product | {"ROWS": 128}, fp8),
+        (triton_grouped._grouped_wgrad, product | {"HEIGHT": 128}, fp8),
     ):
-        types = pointers | bounds | (fp8 | {"sdy_ptr": "*fp32"} if "BLOCK" in constants else {})
-        signature = {
-            parameter.name: "constexpr" if parameter.name in constants else types.get(parameter.name, "i32")
-            for parameter in kernel.params
-        }
-        source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-        print(kernel.__name__, compiled.asm["ptx"].count("wgmma.mma_async"))
-
-
-CHECKS = [name for name in dict(globals()) if name.startswith("check_")]
-
-
-def in_another_process(argument, **environment):
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return subprocess.run(
-        [sys.executable, __file__, argument],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | environment,
-        capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+        calls[kernel.__name__] = built_for(90, kernel, constants, bounds | types).asm["ptx"].count("wgmma.mma_async")
+    return calls
 
 
 @pytest.fixture(scope="module")
-def outcomes():
-    done = in_another_process("interpret", TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+def outcome():
+    return outcomes(__file__)
 
 
-@pytest.mark.parametrize("check", CHECKS)
-def test_kernels_in_the_interpreter(check, outcomes):
-    assert outcomes[check] == "passed", outcomes[check]
+@pytest.mark.parametrize("check", checks(globals()))
+def test_kernels_in_the_interpreter(check, outcome):
+    assert outcome[check] == "passed", outcome[check]
 
 
 def test_kernels_compile_for_hopper_and_use_its_tensor_cores(tmp_path):
-    done = in_another_process("compile", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="0")
-    assert done.returncode == 0, done.stderr
-    instructions = dict(line.split() for line in done.stdout.splitlines() if line.startswith("_"))
-    assert int(instructions["_grouped_mm"]) > 0 and int(instructions["_grouped_wgrad"]) > 0
+    calls = compiled(__file__, tmp_path)
+    assert calls["_grouped_mm"] > 0 and calls["_grouped_wgrad"] > 0
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "compile":
-        compile_for_hopper()
-    else:
-        results = {}
-        for name in CHECKS:
-            assert not inspect.signature(globals()[name]).parameters
-            try:
-                globals()[name]()
-                results[name] = "passed"
-            except Exception:
-                results[name] = traceback.format_exc()
-        print(json.dumps(results))
+    main(globals())
