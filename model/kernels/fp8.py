@@ -43,7 +43,7 @@ master weights and summed gradients (an update is smaller than an FP8 step). The
 FLOPs, and all that passes through this file.
 
 On a CPU the same FP8 numbers are multiplied in fp32: slower than BF16, but learning meets FP8's errors exactly. On CUDA
-model/kernels/fp8_choice.py says which kernel runs. Not measured on a GPU.
+model/kernels/choice.py says which kernel runs. Not measured on a GPU.
 
 Axes: T tokens, R rows sorted by expert, E experts, K contracted and N output width of the forward product.
 """
@@ -59,7 +59,7 @@ from torch.nn import functional as F
 
 from model.fp8_gauges import Fp8Gauges
 from model.kernels import reference
-from model.kernels.fp8_choice import Product, Wanted, choose_kernel, has_triton
+from model.kernels.choice import Product, WantedFp8, choose_fp8_kernel, has_triton
 from model.kernels.quantise import Quantised, quantise
 from model.precision import Format, Fp8Settings, Recipe
 
@@ -184,8 +184,8 @@ class _GroupedMm(torch.autograd.Function):
 
 def _kernel(product: Product, settings: Fp8Settings, w_EKN: torch.Tensor, out_dtype: torch.dtype) -> str:
     on_cuda = w_EKN.device.type == "cuda"
-    return choose_kernel(
-        Wanted(
+    return choose_fp8_kernel(
+        WantedFp8(
             product=product,
             recipe=settings.recipe,
             gradients=settings.gradients,

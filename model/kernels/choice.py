@@ -1,15 +1,16 @@
-"""Which kernel computes an FP8 product: one table, read from top to bottom; the first row that can, does.
+"""Which kernel computes a grouped product: a table, read from top to bottom; the first row that can, does.
 
 A row that cannot do exactly what is asked says why, and where no row can, all reasons are in the error. Nothing is
-ever done approximately instead.
+ever done approximately instead. Rows for CUDA are not measured on a GPU.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -19,13 +20,10 @@ Product = Literal["forward", "dgrad", "wgrad"]
 Capability = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What a product asks of a kernel."""
+    """What products ask of a kernel. Operands that are not FP8 are of `out_dtype` too."""
 
-    product: Product
-    recipe: Recipe
-    gradients: Format  # dgrad and wgrad take a gradient; everything else is e4m3
     out_dtype: torch.dtype
     widths: tuple[int, int]  # K and N, elements
     device: str  # "cpu", "cuda", …
@@ -33,67 +31,86 @@ class Wanted:
     has_triton: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class WantedFp8(Wanted):
+    product: Product
+    recipe: Recipe
+    gradients: Format  # dgrad and wgrad take a gradient; everything else is e4m3
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """One row of the table. None means: no limit."""
+    """One row of a table. None means: no limit."""
 
     name: str
     device: str
     lowest: Capability | None = None
     highest: Capability | None = None
-    recipes: tuple[Recipe, ...] = ("tensor", "row", "block128")
-    products: tuple[Product, ...] = ("forward", "dgrad", "wgrad")
-    gradients: tuple[Format, ...] = ("e4m3", "e5m2")
     out_dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
     width_multiple: int = 1
     needs_triton: bool = False
 
-    def refusal(self, wanted: Wanted) -> str | None:
+    def refusal(self, wanted: Any) -> str | None:
         """Why this kernel cannot do what is wanted; None if it can."""
+        return next((reason for cannot, reason in self._limits(wanted) if cannot), None)
+
+    def _limits(self, wanted: Any) -> list[tuple[Any, str]]:
         capability = wanted.capability or (0, 0)
-        for cannot, reason in (
+        return [
             (wanted.device != self.device, f"runs on {self.device}"),
             (self.lowest and capability < self.lowest, f"needs compute capability {self.lowest} or later"),
             (self.highest and capability > self.highest, f"knows compute capability up to {self.highest}"),
             (self.needs_triton and not wanted.has_triton, "needs triton, which is not installed"),
+            (wanted.out_dtype not in self.out_dtypes, f"writes {self.out_dtypes}"),
+            (
+                any(w % self.width_multiple for w in wanted.widths),
+                f"needs widths in multiples of {self.width_multiple}",
+            ),
+        ]
+
+
+@dataclass(frozen=True)
+class Fp8Kernel(Kernel):
+    recipes: tuple[Recipe, ...] = ("tensor", "row", "block128")
+    products: tuple[Product, ...] = ("forward", "dgrad", "wgrad")
+    gradients: tuple[Format, ...] = ("e4m3", "e5m2")
+
+    def _limits(self, wanted: WantedFp8) -> list[tuple[Any, str]]:
+        return [
+            *super()._limits(wanted),
             (wanted.recipe not in self.recipes, f"knows the recipes {self.recipes}"),
             (wanted.product not in self.products, f"knows the products {self.products}"),
             (
                 wanted.product != "forward" and wanted.gradients not in self.gradients,
                 f"knows gradients in {self.gradients}",
             ),
-            (wanted.out_dtype not in self.out_dtypes, f"writes {self.out_dtypes}"),
-            (
-                any(w % self.width_multiple for w in wanted.widths),
-                f"needs widths in multiples of {self.width_multiple}",
-            ),
-        ):
-            if cannot:
-                return reason
-        return None
+        ]
 
 
 # torch's kernel is CUTLASS for Hopper alone; its wgrad wants every expert's rows padded to 16, so ours does that one.
-# Rows for CUDA are not measured on a GPU.
-TABLE = (
-    Kernel("emulated", "cpu"),  # the same FP8 numbers, multiplied in fp32
-    Kernel(
+FP8 = (
+    Fp8Kernel("emulated", "cpu"),  # the same FP8 numbers, multiplied in fp32
+    Fp8Kernel(
         "torch._scaled_grouped_mm", "cuda", lowest=(9, 0), highest=(9, 0), recipes=("row",),
         products=("forward", "dgrad"), gradients=("e4m3",), out_dtypes=(torch.bfloat16,), width_multiple=16,
         needs_triton=True,  # for the quantisation
     ),
-    Kernel("triton", "cuda", lowest=(8, 9), needs_triton=True),
+    Fp8Kernel("triton", "cuda", lowest=(8, 9), needs_triton=True),
 )  # fmt: skip
 
 
-def choose_kernel(wanted: Wanted) -> str:
+def choose_fp8_kernel(wanted: WantedFp8) -> str:
     """Name of the first kernel that does exactly what is wanted. ValueError with every kernel's reason if none does."""
+    return _first_that_can(FP8, wanted, "Run these experts in BF16, without fp8")
+
+
+def _first_that_can(table: Iterable[Kernel], wanted: Wanted, advice: str) -> str:
     refusals = []
-    for kernel in TABLE:
+    for kernel in table:
         if (reason := kernel.refusal(wanted)) is None:
             return kernel.name
         refusals.append(f"{kernel.name} {reason}")
-    raise ValueError(f"no FP8 kernel for {wanted}: {'; '.join(refusals)}. Run these experts in BF16, without fp8")
+    raise ValueError(f"no kernel for {wanted}: {'; '.join(refusals) or 'none of that name'}. {advice}")
 
 
 @cache
