@@ -59,14 +59,13 @@ def main(names: dict[str, Any]) -> None:
 
 
 def built_for(capability: int, kernel: Any, constants: dict[str, Any], types: dict[str, str]) -> Any:
-    """A kernel compiled with 8 warps; what is neither a constant nor a pointer in `types` is an int32."""
+    """A kernel compiled with 8 warps; what is neither a constant nor a pointer in `types` is an int32. As for tensors
+    that a model has: all that is not a constant, addresses among them, is a multiple of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {
-        parameter.name: "constexpr" if parameter.name in constants else types.get(parameter.name, "i32")
-        for parameter in kernel.params
-    }
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    multiples = {(at,): [["tt.divisibility", 16]] for at, kind in enumerate(signature.values()) if kind != "constexpr"}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=multiples)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})

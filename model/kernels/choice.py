@@ -1,4 +1,4 @@
-"""Which kernel computes a grouped product: a table, read from top to bottom; the first row that can, does.
+"""Which kernel computes a grouped product: two tables, read from top to bottom; the first row that can, does.
 
 A row that cannot do exactly what is asked says why, and where no row can, all reasons are in the error. Nothing is
 ever done approximately instead. Rows for CUDA are not measured on a GPU.
@@ -98,10 +98,25 @@ FP8 = (
     Fp8Kernel("triton", "cuda", lowest=(8, 9), needs_triton=True),
 )  # fmt: skip
 
+# torch's function is one kernel for bf16 from 9.0 on, and wants rows of whole 16 bytes. Triton compiles for 8.0 and
+# later. fp32 is for the loop: tensor cores would round its operands to TF32, and without them cuBLAS does as well.
+UNSCALED = (
+    Kernel("torch", "cuda", lowest=(9, 0), out_dtypes=(torch.bfloat16,), width_multiple=8),
+    Kernel("triton", "cuda", lowest=(8, 0), out_dtypes=(torch.bfloat16, torch.float16), needs_triton=True),
+    Kernel("loop", "cuda"),
+)
+
 
 def choose_fp8_kernel(wanted: WantedFp8) -> str:
     """Name of the first kernel that does exactly what is wanted. ValueError with every kernel's reason if none does."""
     return _first_that_can(FP8, wanted, "Run these experts in BF16, without fp8")
+
+
+def choose_kernel(wanted: Wanted, named: str | None = None) -> str:
+    """The same for all three products of operands that are not FP8; of kernels called `named`, if that is given."""
+    names = ", ".join(kernel.name for kernel in UNSCALED)
+    asked = [kernel for kernel in UNSCALED if named in (None, kernel.name)]
+    return _first_that_can(asked, wanted, f"{named!r} was asked for, of {names}")
 
 
 def _first_that_can(table: Iterable[Kernel], wanted: Wanted, advice: str) -> str:

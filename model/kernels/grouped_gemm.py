@@ -9,8 +9,11 @@ On a CPU experts with few rows, in fp32, go through `grouped_gemm.cpp`, which fe
 multiplies (and so does any number of rows where MKL does without the processor's AVX-512); all others, and all where
 there is no C++ compiler, through a loop of `torch.mm` into slices of one output.
 (`torch.nn.functional.grouped_mm` does the same, but allocates every expert's part and copies it.) There the gradient
-of a wide weight is made in slices of rows, which MKL packs faster. docs/log.md has the figures. On CUDA it is torch's
-function for bf16 from compute capability 9.0 on, else the same loop (not measured on a GPU).
+of a wide weight is made in slices of rows, which MKL packs faster. docs/log.md has the figures.
+
+On CUDA choice.py says which: torch's function where it is one kernel, else ours in Triton (triton_grouped.py) for 16
+bits, else the loop. DROVER_GROUPED_MM=torch, triton or loop asks for one, which is an error where it cannot do it. Not
+measured on a GPU.
 
 Axes: R rows sorted by expert, M those of one expert, E experts, K contracted width, N output width, k rows of a slice.
 """
@@ -19,18 +22,21 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from model.kernels.choice import Wanted, choose_kernel, has_triton
 from model.kernels.compiled import compiled, processor
 
 DEVICES = ("cpu", "cuda")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOWEST_CAPABILITY = (9, 0)  # of torch's own kernel
+NAMED_BY = "DROVER_GROUPED_MM"  # environment variable
 
 FEW_ROWS = 128  # an expert, on average: with more, MKL's product is as fast, if it uses all that the processor has
 WIDE = 512  # columns from which an fp32 gradient is cut; a slice of fewer is too small to pay for a call
@@ -48,7 +54,7 @@ def grouped_mm(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) ->
         dtype = torch.get_autocast_dtype(device)
         x_RK, w_EKN = x_RK.to(dtype), w_EKN.to(dtype)
     _refuse_unsupported(x_RK, w_EKN)
-    return _GroupedMm.apply(x_RK, w_EKN, ends_E)
+    return _GroupedMm.apply(x_RK, w_EKN, ends_E, _kernel(w_EKN))
 
 
 def _refuse_unsupported(x_RK: torch.Tensor, w_EKN: torch.Tensor) -> None:
@@ -59,32 +65,37 @@ def _refuse_unsupported(x_RK: torch.Tensor, w_EKN: torch.Tensor) -> None:
         )
 
 
-def _has_kernel(rows_RX: torch.Tensor) -> bool:
-    """Whether torch's own function is one kernel for such rows."""
-    if rows_RX.device.type != "cuda" or rows_RX.dtype != torch.bfloat16:
-        return False
-    return torch.cuda.get_device_capability(rows_RX.device) >= LOWEST_CAPABILITY
+def _kernel(w_EKN: torch.Tensor) -> str:
+    if w_EKN.device.type == "cpu":
+        return "loop"
+    wanted = Wanted(
+        out_dtype=w_EKN.dtype,
+        widths=(w_EKN.shape[1], w_EKN.shape[2]),
+        device=w_EKN.device.type,
+        capability=torch.cuda.get_device_capability(w_EKN.device),
+        has_triton=has_triton(),
+    )
+    return choose_kernel(wanted, named=os.environ.get(NAMED_BY) or None)
 
 
 class _GroupedMm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor, kernel: str) -> torch.Tensor:
         ctx.save_for_backward(x_RK, w_EKN, ends_E)
-        return _forward(x_RK, w_EKN, ends_E)
+        ctx.products = PRODUCTS[kernel]
+        return ctx.products.forward(x_RK, w_EKN, ends_E)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_RN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_RK, w_EKN, ends_E = ctx.saved_tensors
         dy_RN = dy_RN.contiguous()  # a sum's gradient has strides of zero, which the kernels refuse or are slow at
-        dx_RK = _dgrad(dy_RN, w_EKN, ends_E) if ctx.needs_input_grad[0] else None
-        dw_EKN = _wgrad(x_RK, dy_RN, ends_E) if ctx.needs_input_grad[1] else None
-        return dx_RK, dw_EKN, None
+        dx_RK = ctx.products.dgrad(dy_RN, w_EKN, ends_E) if ctx.needs_input_grad[0] else None
+        dw_EKN = ctx.products.wgrad(x_RK, dy_RN, ends_E) if ctx.needs_input_grad[1] else None
+        return dx_RK, dw_EKN, None, None
 
 
 def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if _has_kernel(x_RK):
-        return F.grouped_mm(x_RK, w_EKN, offs=ends_E)
     out_RN = x_RK.new_empty(len(x_RK), w_EKN.shape[2])
     if library := _library(x_RK, w_EKN):
         _call(library.grouped_forward, x_RK, w_EKN, out_RN, ends_E, w_EKN.shape)
@@ -96,8 +107,6 @@ def _forward(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> t
 
 
 def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if _has_kernel(dy_RN):
-        return F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E)
     dx_RK = dy_RN.new_empty(len(dy_RN), w_EKN.shape[1])
     if library := _library(dy_RN, w_EKN):
         _call(library.grouped_dgrad, dy_RN, w_EKN, dx_RK, ends_E, w_EKN.shape)
@@ -109,8 +118,6 @@ def _dgrad(dy_RN: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> to
 
 
 def _wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
-    if _has_kernel(x_RK):
-        return F.grouped_mm(x_RK.T, dy_RN, offs=ends_E)
     dw_EKN = x_RK.new_empty(len(ends_E), x_RK.shape[1], dy_RN.shape[1])
     if library := _library(x_RK, dw_EKN):
         _call(library.grouped_wgrad, x_RK, dy_RN, dw_EKN, ends_E, dw_EKN.shape)
@@ -153,3 +160,36 @@ def _call(
 def _sizes(ends_E: torch.Tensor) -> list[int]:
     """Rows of each expert."""
     return ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
+
+
+def _triton_mm(x_RK: torch.Tensor, w_EKN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    from model.kernels import triton_grouped  # here, since a machine without a GPU need not have Triton
+
+    return triton_grouped.grouped_mm(x_RK, w_EKN, ends_E, x_RK.dtype)
+
+
+def _triton_wgrad(x_RK: torch.Tensor, dy_RN: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
+    from model.kernels import triton_grouped
+
+    return triton_grouped.grouped_wgrad(x_RK, dy_RN, ends_E, x_RK.dtype)
+
+
+class Products(NamedTuple):
+    forward: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # x, w, ends
+    dgrad: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # dy, w, ends
+    wgrad: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]  # x, dy, ends
+
+
+PRODUCTS = {
+    "torch": Products(
+        forward=lambda x_RK, w_EKN, ends_E: F.grouped_mm(x_RK, w_EKN, offs=ends_E),
+        dgrad=lambda dy_RN, w_EKN, ends_E: F.grouped_mm(dy_RN, w_EKN.transpose(1, 2), offs=ends_E),
+        wgrad=lambda x_RK, dy_RN, ends_E: F.grouped_mm(x_RK.T, dy_RN, offs=ends_E),
+    ),
+    "triton": Products(
+        forward=_triton_mm,
+        dgrad=lambda dy_RN, w_EKN, ends_E: _triton_mm(dy_RN, w_EKN.transpose(1, 2), ends_E),
+        wgrad=_triton_wgrad,
+    ),
+    "loop": Products(_forward, _dgrad, _wgrad),
+}

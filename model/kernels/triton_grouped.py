@@ -7,7 +7,7 @@ Imported only where they run. Sums are fp32. The host launches as many programs 
 (row_tiles.py), so it waits for no routing; a program without rows ends at once.
 
 Tested on a CPU under Triton's interpreter (TRITON_INTERPRET=1, read when triton is imported) and compiled for sm_80,
-sm_89 and sm_90. Not measured on a GPU: tile sizes and warps are first guesses.
+sm_86 and sm_90. Not measured on a GPU: tile sizes and warps are first guesses.
 
 Axes: R rows sorted by expert, E experts, K contracted and N output width of the forward product.
 """
