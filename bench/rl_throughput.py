@@ -193,7 +193,8 @@ def alone(rows: list[dict[str, Any]], settings: Any, folder: str) -> dict[str, A
     learner = _learner(settings)
     parts: dict[str, float] = defaultdict(float)
     _timed(parts, learner, "_backward", "forward, objective, backward")
-    _timed(parts, learner.optimizer, "step", "optimiser")
+    for optimizer in learner.optimizers:
+        _timed(parts, optimizer, "step", "optimiser")
     _timed(parts, learner.routers, "begin_step", "routers")
     _timed(parts, learner.routers, "end_step", "routers")
     batches = batches_of(rows)
@@ -236,7 +237,7 @@ def forward_backward(learner: Any, cuts: list[Any]) -> None:
     for cut in cuts:
         stats, _ = token_logprobs(learner.model, cut.ids_BS, cut.answer_BS, 1.0, cut.real_BS, None, cut.position_BS)
         stats.logprob_T.sum().backward()
-    learner.optimizer.zero_grad(set_to_none=True)
+    learner.model.zero_grad(set_to_none=True)
 
 
 def _timed(parts: dict[str, float], owner: Any, name: str, part: str) -> None:

@@ -436,6 +436,16 @@ class OnlineRlStage(Stage):
     max_answer_tokens: PositiveInt = 160
     temperature: PositiveFloat = 1.0
     learning_rate: PositiveFloat = 2e-4
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: orthogonal steps of the layers' matrices, AdamW for the rest; steps are as long as AdamW's, "
+        "so the rate need not change (model/optimizers.py)",
+    )
+    rate_scales: dict[Literal["embedding", "head", "vectors", "matrices"], PositiveFloat] = Field(
+        {},
+        description="factors on the learning rate of parts of the model, as {embedding: 4, head: 4}; vectors are norms "
+        "and biases, a head that is tied to the embedding is the embedding; routers: `router.policy`",
+    )
     updates_per_step: PositiveInt = Field(
         1, description="of the optimiser on each step's batch; from the second on the trust region holds it back"
     )

@@ -243,6 +243,8 @@ def learner_settings(
         balance_coef=stage.router.balance_coef,
         z_coef=stage.router.z_coef,
         objective=stage.objective.switches(),
+        optimizer=stage.optimizer,
+        rate_scales={part: scale for part, scale in stage.rate_scales.items()},  # noqa: C416
         updates=stage.updates_per_step,
         longest_answer=stage.max_answer_tokens,
         seed=seed,

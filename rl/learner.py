@@ -21,8 +21,8 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from model.fp8_training import Fp8Training
     from model.logprobs import TokenStatistics
+    from model.optimizers import Kind, Part
     from model.router import Route
     from rl.batcher import MicroBatch
     from rl.weight_stream import WeightServer
@@ -64,6 +65,8 @@ class LearnerSettings:
     balance_coef: float
     z_coef: float
     objective: Objective
+    optimizer: Kind = "adamw"
+    rate_scales: Mapping[Part, float] = field(default_factory=dict)
     updates: int = 1  # of the optimiser, on each step's batch
     longest_answer: int  # tokens
     seed: int
@@ -123,7 +126,7 @@ class PolicyLearner:
         plan = ParallelPlan(data=self.settings.world_size // expert, expert=expert)
         parallelise(self.model, plan, self.device.type)
         self.tokenizer = load_tokenizer(self.settings.checkpoint)
-        self.optimizer = self._optimizer()
+        self.optimizers = self._optimizers()
         self.fp8 = self._fp8()
         self.routers = RouterWatch(
             self.model, balance_coef=self.settings.balance_coef, z_coef=self.settings.z_coef,
@@ -131,21 +134,13 @@ class PolicyLearner:
         )  # fmt: skip
         return {"import_s": imported - begin, "load_s": time.perf_counter() - imported}
 
-    def _optimizer(self) -> torch.optim.AdamW:
-        import torch
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        from model.optimizers import make_optimizers
 
-        from model.router import slow_routers
-
-        settings = self.settings
-        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(
-            trained, lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.95), fused=True
-        )
+        settings, scales = self.settings, dict(self.settings.rate_scales)
         if settings.router_policy == "low_lr":
-            slow_routers(optimizer, self.model, settings.router_learning_rate_scale)
-        for group in optimizer.param_groups:
-            group["initial_lr"] = group["lr"]
-        return optimizer
+            scales["router"] = settings.router_learning_rate_scale
+        return make_optimizers(self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, scales)
 
     def _fp8(self) -> Fp8Training | None:
         from model.fp8_training import Fp8Training
@@ -239,7 +234,7 @@ class PolicyLearner:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
         whole = StateDictOptions(full_state_dict=True, cpu_offload=self.settings.world_size > 1)
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=whole)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=whole)
         if self.settings.rank:
             return
         fallen_back = self.fp8.watch.fallen_back if self.fp8 else {}
@@ -261,7 +256,7 @@ class PolicyLearner:
         state = torch.load(path, map_location="cpu", weights_only=True)
         self.version = state["version"]
         set_state_dict(
-            self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+            self.model, self.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
             options=StateDictOptions(full_state_dict=True),
         )  # fmt: skip
         if self.fp8:
@@ -325,12 +320,13 @@ class PolicyLearner:
             self._backward_of_nothing(cuts[0])
         gauges = Gauges.joined(self._gathered(gauges))
         scale = self._rate_scale()
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * scale
         norm = clip_grad_norm(self.model, settings.max_grad_norm)
-        if math.isfinite(norm.item()):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * scale
+            if math.isfinite(norm.item()):
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * scale}
         routers = self.routers.end_step()
         fp8 = self.fp8.metrics() if self.fp8 else {}  # last: what the routers' probe left in its gauges is of this step

@@ -171,9 +171,10 @@ class Learner(PolicyLearner):
     def save(self, directory: str) -> None:
         super().save(directory)
         digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
-        for state in self.optimizer.state_dict()["state"].values():
-            for tensor in state.values():
-                digest.update(tensor.numpy().tobytes())
+        for optimizer in self.optimizers:
+            for state in optimizer.state_dict()["state"].values():
+                for tensor in state.values():
+                    digest.update(tensor.numpy().tobytes())
         (loop,) = Path(directory).parent.rglob(LOOP)
         curriculum = json.loads(loop.read_text())["curriculum"]
         witness = {

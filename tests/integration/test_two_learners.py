@@ -50,9 +50,10 @@ def steps(rank: int, settings: LearnerSettings, out: str, resume_from: str = "",
         report = learner.step(batch, f"{out}/published.safetensors")
         metrics.append(report.metrics | {"notes": len(report.extras["notes"])})
         published = report.published
+    states = [state for optimizer in learner.optimizers for state in optimizer.state.values()]
     own_bytes = sum(
         (one.to_local() if isinstance(one, DTensor) else one).nbytes
-        for one in (*learner.model.parameters(), *learner.optimizer.state.values())
+        for one in (*learner.model.parameters(), *states)
         for one in (one.values() if isinstance(one, dict) else [one])
     )
     name = f"{rank}-of-{settings.world_size}"
@@ -121,8 +122,17 @@ def assert_same(others: list[dict[str, Any]], one: dict[str, Any], gauges: list[
         ({"router_policy": "low_lr", "weight_decay": 0.1}, ["router/drift"]),
         ({"router_policy": "frozen"}, ["router/max_vio"]),
         ({"activation_checkpointing": True}, ["router/max_vio", "router/drift"]),
+        ({"optimizer": "muon", "rate_scales": {"head": 2.0}, "weight_decay": 0.1}, ["router/drift"]),
     ],
-    ids=["plain", "router losses", "one micro-batch", "slow routers", "frozen routers", "activation checkpointing"],
+    ids=[
+        "plain",
+        "router losses",
+        "one micro-batch",
+        "slow routers",
+        "frozen routers",
+        "activation checkpointing",
+        "muon",
+    ],
 )
 def test_two_learners_make_the_steps_that_one_makes(tmp_path, changes, gauges):
     settings = tiny_settings(tmp_path, **changes)
@@ -140,8 +150,9 @@ def test_two_learners_make_the_steps_that_one_makes(tmp_path, changes, gauges):
         ({"router_policy": "low_lr", "weight_decay": 0.1}, ["router/max_vio", "router/drift"]),
         ({"balance_coef": 3.0, "z_coef": 0.5}, ["router/balance_loss", "router/z_loss"]),
         ({"max_grad_norm": 0.05, "micro_batch_tokens": 1000}, ["router/drift"]),
+        ({"optimizer": "muon", "rate_scales": {"head": 2.0}, "weight_decay": 0.1}, ["router/drift"]),
     ],
-    ids=["slow routers", "router losses", "one micro-batch"],
+    ids=["slow routers", "router losses", "one micro-batch", "muon"],
 )
 def test_two_learners_with_half_of_the_experts_each_make_the_steps_that_one_makes(tmp_path, changes, gauges):
     settings = tiny_settings(tmp_path, **changes)

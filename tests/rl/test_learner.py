@@ -236,6 +236,16 @@ def test_a_slow_router_takes_its_share_of_the_learning_rate_through_warmup(check
         assert change == pytest.approx(5e-5 if ".router." in name else 5e-4, rel=0.02), name
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_parts_of_the_model_have_rates_of_their_own(checkpoint, optimizer):
+    """Adam's first step is as long as the rate."""
+    made = learner(checkpoint, optimizer=optimizer, rate_scales={"head": 4.0, "vectors": 0.5}, router_policy="low_lr")
+    changes = moved(made)
+    for name, scale in {"lm_head.weight": 4.0, "model.norm.weight": 0.5, "model.embed_tokens.weight": 1.0}.items():
+        assert changes[name] == pytest.approx(1e-3 * scale, rel=0.02), name
+    assert all(change == pytest.approx(1e-4, rel=0.02) for name, change in changes.items() if ".router." in name)
+
+
 def test_the_learning_rate_declines_to_its_share_at_the_last_step(checkpoint):
     made = learner(checkpoint, warmup_steps=2, num_steps=5, last_rate=0.2)
     rates = [made.step(dataclasses.replace(batch(), version=version)).metrics["learning_rate"] for version in range(6)]
@@ -408,14 +418,24 @@ def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, fam
     assert all(torch.equal(tensor, saved[name]) for name, tensor in published.items())
 
 
-@pytest.mark.parametrize("fp8", [None, FP8, dataclasses.replace(FP8, min_snr_db=100.0)])
-def test_a_resumed_learner_steps_on_bit_for_bit(checkpoint, tmp_path, fp8):
-    first, other, forgetful = (learner(checkpoint, fp8=fp8, warmup_steps=3) for _ in range(3))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fp8": FP8},
+        {"fp8": dataclasses.replace(FP8, min_snr_db=100.0)},
+        {"optimizer": "muon", "rate_scales": {"head": 2.0}},
+    ],
+    ids=["plain", "fp8", "fp8 that fell back", "muon"],
+)
+def test_a_resumed_learner_steps_on_bit_for_bit(checkpoint, tmp_path, changes):
+    first, other, forgetful = (learner(checkpoint, warmup_steps=3, **changes) for _ in range(3))
     first.step(batch())
     first.save_state(str(tmp_path / "learner.pt"))
     for resumed in (other, forgetful):
         resumed.load_state(str(tmp_path / "learner.pt"))
-    forgetful.optimizer.state.clear()
+    for optimizer in forgetful.optimizers:
+        optimizer.state.clear()
     one, two, three = (
         resumed.step(batch(version=1, seed=1), str(tmp_path / name))
         for resumed, name in ((first, "1"), (other, "2"), (forgetful, "3"))

@@ -31,7 +31,8 @@ def on_gpu(values):
 
 def state_of(made):
     """Every tensor that a step reads or writes beside its batch."""
-    moments = [value for state in made.optimizer.state.values() for value in state.values()]
+    states = [state for optimizer in made.optimizers for state in optimizer.state.values()]
+    moments = [value for state in states for value in state.values()]
     probe = made.routers.probe
     return [*made.model.parameters(), *moments, probe.ids_BS, probe.real_BS, *probe.logits_LTE, *probe.expert_LT]
 
@@ -49,8 +50,17 @@ TIGHT = Objective(clip_low=1e-3, clip_high=1e-3, proximal="log_linear", ratio="s
         (groups, {"objective": dataclasses.replace(TIGHT, aggregation="sequence_mean"), "router_policy": "low_lr"}),
         (None, SEVERAL_CUTS),
         (None, {"dtype": "bfloat16"}),
+        (batch, {"optimizer": "muon", "rate_scales": {"head": 2.0}}),
     ],
-    ids=["plain", "router losses", "two updates", "slow routers", "router losses under replay", "replay in bfloat16"],
+    ids=[
+        "plain",
+        "router losses",
+        "two updates",
+        "slow routers",
+        "router losses under replay",
+        "replay in bfloat16",
+        "muon",
+    ],
 )
 def test_a_step_on_a_gpu_mixes_no_devices_and_is_the_step_of_a_cpu(checkpoint, tmp_path, changes, make):  # noqa: F811
     whole = make() if make else recorded(learner(checkpoint))
