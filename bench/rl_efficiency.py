@@ -10,10 +10,11 @@ A run of an arm leaves `curve.json`: for every checkpoint on the way the tokens 
 screening, discarded and lost answers too), the seconds (without start and saving), and pass@1 on held-out tasks of all
 levels alike, which no arm ever sees. What an arm needs is read off where its curve, made monotone, crosses the target.
 
-Arms: A    TRL's GRPOTrainer, uniform              B    ours, uniform, the settings of A
-      C    ours in full                            C-x  ours in full without lever x
-      C0   C at its full rate from the first step  C0-x the same without lever x
-      B+x  ours uniform, and lever x alone           C+x  ours in full, and x more or in the place of another
+Arms: A      TRL's GRPOTrainer, uniform                B      ours, uniform, the settings of A
+      A+x    the same, given lever x                   B+x    ours uniform, and lever x alone
+      C      ours in full                              C-x    ours in full without lever x
+      C+x    ours in full, and x more or in the place of another
+      Cadam  C with AdamW at one rate for all          Cadam0 that, at its full rate from the first step
 Pools, in `efficiency_pools.py`: dead, filtered, gym.
 """
 
@@ -53,6 +54,8 @@ FULL: dict[str, Any] = {
     "updates_per_step": 2,
     "warmup_steps": 3,
     "last_rate_share": 0.2,
+    "optimizer": "muon",
+    "rate_scales": {"head": 4.0},
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
                    "gate": "speed", "screen": 4, "rare_answers": 0},
 }  # fmt: skip
@@ -68,9 +71,19 @@ LEVERS: dict[str, dict[str, Any]] = {
     "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3},
     "fresh_answers": {"max_staleness": 2},
     "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
+    "muon": {"optimizer": "adamw"},
+    "head_rate": {"rate_scales": {}},
 }
+BEFORE: dict[str, dict[str, Any]] = {
+    "C": {},
+    "Cadam": LEVERS["muon"] | LEVERS["head_rate"],
+    "Cadam0": LEVERS["muon"] | LEVERS["head_rate"] | {"warmup_steps": 0},
+}
+PEERS: dict[str, dict[str, Any]] = {"A": {}, "A+head_rate": {"head_rate_scale": FULL["rate_scales"]["head"]}}
 ALONE: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": FULL["curriculum"]},
+    "head_rate": {"rate_scales": FULL["rate_scales"]},
+    "muon": {"optimizer": "muon"},
     "second_update": {"updates_per_step": 2},
     "small_batches": {name: FULL[name] for name in ("groups_per_step", "group_size", "learning_rate")},
 }
@@ -88,7 +101,11 @@ MORE: dict[str, dict[str, Any]] = {
 def run(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
     pools: Annotated[list[str], typer.Option(help=" | ".join(efficiency_pools.POOLS))] = ["dead", "filtered"],  # noqa: B006
-    arms: Annotated[list[str], typer.Option(help="A | B | B+<lever> | C | C0 | C-<lever> | …")] = ["A", "B", "C"],  # noqa: B006
+    arms: Annotated[list[str], typer.Option(help="Listed above.")] = [
+        "A",
+        "B",
+        "C",
+    ],  # noqa: B006
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
     settings: Annotated[str, typer.Option(help="YAML over an arm's stage, for a trial: '{learning_rate: 8e-4}'.")] = "",
@@ -104,10 +121,10 @@ def run(
         place.mkdir(parents=True)
         changes = yaml.safe_load(settings) or {}
         start, examples = efficiency_pools.starting_point(folder, pool), efficiency_pools.pool_file(folder, pool)
-        asked = SHARED[pool] | TRL_OPTIONS if arm == "A" else stage_of(arm, pool)
+        asked = SHARED[pool] | TRL_OPTIONS | PEERS[arm] if arm in PEERS else stage_of(arm, pool)
         asked = changed(asked, changes)
         (place / "settings.json").write_text(json.dumps(asked | {"of_256_answers": steps}))
-        if arm == "A":
+        if arm in PEERS:
             rows = trl_run(place, start, examples, seed, steps, asked, checkpoints)
         else:
             rows = our_run(place, start, examples, seed, steps, asked, checkpoints)
@@ -119,14 +136,13 @@ def run(
 def stage_of(arm: str, pool: str) -> dict[str, Any]:
     """What an arm's stage says beyond what all have in common."""
     uniform = SHARED[pool] | {"max_staleness": 2, "curriculum": UNIFORM}
-    arms = {"B": uniform, "C": FULL}
-    arms |= {f"B+{name}": uniform | lever for name, lever in ALONE.items()}
-    at_once = FULL | {"warmup_steps": 0}
-    arms |= {"C0": at_once} | {f"C0-{name}": changed(at_once, lever) for name, lever in LEVERS.items()}
-    arms |= {f"C-{name}": changed(FULL, lever) for name, lever in LEVERS.items()}
+    arms = {"B": uniform} | {f"B+{name}": uniform | lever for name, lever in ALONE.items()}
+    for name, change in BEFORE.items():
+        full = FULL | change
+        arms |= {name: full} | {f"{name}-{left_out}": changed(full, lever) for left_out, lever in LEVERS.items()}
     arms |= {f"C+{name}": changed(FULL, lever) for name, lever in MORE.items()}
     if arm not in arms:
-        raise typer.BadParameter(f"{arm} is no arm; there are A, {', '.join(arms)}")
+        raise typer.BadParameter(f"{arm} is no arm; there are {', '.join((*PEERS, *arms))}")
     return arms[arm]
 
 

@@ -58,6 +58,9 @@ def main(
     warmup_steps: Annotated[int, typer.Option(help="Of the learning rate, in updates.")] = 3,
     last_rate_share: Annotated[float, typer.Option(help="Of the rate at the end; it declines as a cosine.")] = 1.0,
     updates_per_step: Annotated[int, typer.Option(help="On each batch: TRL's num_iterations.")] = 1,
+    head_rate_scale: Annotated[
+        float, typer.Option(help="Of the learning rate, for the head: one of our levers.")
+    ] = 1.0,
     threads: Annotated[int, typer.Option(help="Of torch; 1 where another run goes on beside it.")] = 2,
 ) -> None:
     """Train, and leave checkpoints on the way."""
@@ -67,6 +70,7 @@ def main(
     from trl.trainer.utils import FusedCausalLMOutput
 
     from model.checkpoint import load_policy, save_policy
+    from model.optimizers import make_optimizers
     from model.router import freeze_routers
     from model.tokenizer import load_tokenizer
     from pipeline.data import as_dataset, read_examples
@@ -126,9 +130,12 @@ def main(
             disable_tqdm=True, dataloader_pin_memory=False, seed=seed, data_seed=seed,
         )  # fmt: skip
         rows = [{"prompt": [{"role": "user", "content": task.prompt}], "task_id": name} for name, task in tasks.items()]
+        adam = None  # TRL's own
+        if head_rate_scale != 1.0:
+            (adam,) = make_optimizers(model, "adamw", learning_rate, rate_scales={"head": head_rate_scale})
         trainer = GRPOTrainer(
             model=model, reward_funcs=reward, args=config, train_dataset=as_dataset(rows), processing_class=tokenizer,
-            callbacks=[Log()],
+            callbacks=[Log()], optimizers=(adam, None),
         )  # fmt: skip
         use_our_logprobs(trainer.model, FusedCausalLMOutput)
         trainer.train()
