@@ -101,11 +101,7 @@ MORE: dict[str, dict[str, Any]] = {
 def run(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
     pools: Annotated[list[str], typer.Option(help=" | ".join(efficiency_pools.POOLS))] = ["dead", "filtered"],  # noqa: B006
-    arms: Annotated[list[str], typer.Option(help="Listed above.")] = [
-        "A",
-        "B",
-        "C",
-    ],  # noqa: B006
+    arms: Annotated[list[str], typer.Option(help="Listed above.")] = ["A", "B", "C"],  # noqa: B006
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
     settings: Annotated[str, typer.Option(help="YAML over an arm's stage, for a trial: '{learning_rate: 8e-4}'.")] = "",
