@@ -49,13 +49,13 @@ UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0, "dom
 FULL: dict[str, Any] = {
     "groups_per_step": 4,
     "group_size": 8,
-    "learning_rate": 5.0e-4,
+    "learning_rate": 2.5e-4,
     "max_staleness": 0,
     "updates_per_step": 2,
     "warmup_steps": 3,
     "last_rate_share": 0.2,
     "optimizer": "muon",
-    "rate_scales": {"head": 4.0},
+    "rate_scales": {"head": 8.0},
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
                    "gate": "speed", "screen": 4, "rare_answers": 0},
 }  # fmt: skip
@@ -72,17 +72,14 @@ LEVERS: dict[str, dict[str, Any]] = {
     "fresh_answers": {"max_staleness": 2},
     "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
     "muon": {"optimizer": "adamw"},
-    "head_rate": {"rate_scales": {}},
+    "head_rate": {"rate_scales": {}, "learning_rate": 5.0e-4},
 }
-BEFORE: dict[str, dict[str, Any]] = {
-    "C": {},
-    "Cadam": LEVERS["muon"] | LEVERS["head_rate"],
-    "Cadam0": LEVERS["muon"] | LEVERS["head_rate"] | {"warmup_steps": 0},
-}
-PEERS: dict[str, dict[str, Any]] = {"A": {}, "A+head_rate": {"head_rate_scale": FULL["rate_scales"]["head"]}}
+ADAM: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 5.0e-4, "rate_scales": {}}
+BEFORE: dict[str, dict[str, Any]] = {"C": {}, "Cadam": ADAM, "Cadam0": ADAM | {"warmup_steps": 0}}
+PEERS: dict[str, dict[str, Any]] = {"A": {}, "A+head_rate": {"head_rate_scale": 4.0}}
 ALONE: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": FULL["curriculum"]},
-    "head_rate": {"rate_scales": FULL["rate_scales"]},
+    "head_rate": {"rate_scales": {"head": 4.0}},
     "muon": {"optimizer": "muon"},
     "second_update": {"updates_per_step": 2},
     "small_batches": {name: FULL[name] for name in ("groups_per_step", "group_size", "learning_rate")},
