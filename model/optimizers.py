@@ -47,11 +47,17 @@ def make_optimizers(
     """One, or Muon and AdamW; each trainable parameter of `model` in exactly one group of one of them.
 
     `rate_scales` multiplies the learning rate of parts of the model. Groups carry `initial_lr`, for a schedule.
+    ValueError where it names a part that the model does not have, or does not train.
     """
     scales = dict(rate_scales or {})
     groups: dict[Part, list[nn.Parameter]] = {}
     for part, parameter in parts(model):
         groups.setdefault(part, []).append(parameter)
+    if absent := scales.keys() - groups.keys():
+        raise ValueError(
+            f"rate_scales: {', '.join(sorted(absent))}: this model trains {', '.join(sorted(groups))} "
+            "(a head that is tied to the embedding is the embedding)"
+        )
     named = [
         {"params": members, "lr": (rate := learning_rate * scales.get(part, 1.0)), "initial_lr": rate, "part": part}
         for part, members in groups.items()

@@ -136,9 +136,10 @@ class PolicyLearner:
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         from model.optimizers import make_optimizers
+        from model.router import router_parameters
 
         settings, scales = self.settings, dict(self.settings.rate_scales)
-        if settings.router_policy == "low_lr":
+        if settings.router_policy == "low_lr" and router_parameters(self.model):
             scales["router"] = settings.router_learning_rate_scale
         return make_optimizers(self.model, settings.optimizer, settings.learning_rate, settings.weight_decay, scales)
 

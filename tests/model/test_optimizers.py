@@ -91,6 +91,9 @@ def test_adamw_alone_has_all_of_them_and_moves_them_as_torch_does(llama4):
 def test_a_tied_head_is_the_embedding():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 40}
     config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
-    found = [part for part, _ in parts(LlamaForCausalLM(config))]
+    tied = LlamaForCausalLM(config)
+    found = [part for part, _ in parts(tied)]
     assert found.count("embedding") == 1 and "head" not in found
     assert set(found) == {"embedding", "vectors", "matrices"}
+    with pytest.raises(ValueError, match="rate_scales: head: this model trains embedding, matrices, vectors"):
+        make_optimizers(tied, "adamw", 1e-3, rate_scales={"head": 4.0})

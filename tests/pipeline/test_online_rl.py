@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config import OnlineRlStage
 from pipeline.online_rl import _remove_remains, learner_settings
@@ -34,3 +35,12 @@ def test_every_learner_is_told_its_rank_and_over_how_many_experts_are_spread(tmp
     settings = learner_settings(stage, tmp_path, 0, tmp_path, world_size=4, expert_parallel=2)
     assert [(one.rank, one.world_size, one.expert_parallel) for one in settings] == [(n, 4, 2) for n in range(4)]
     assert learner_settings(stage, tmp_path, 0, tmp_path, world_size=1)[0].expert_parallel == 1
+
+
+def test_every_learner_is_told_which_optimiser_and_at_which_rates(tmp_path: Path) -> None:
+    asked = {"optimizer": "muon", "rate_scales": {"head": 8, "matrices": 0.5}}
+    stage = OnlineRlStage(name="climb", kind="online_rl", policy="base", tasks={}, **asked)
+    (settings,) = learner_settings(stage, tmp_path, 0, tmp_path, world_size=1)
+    assert (settings.optimizer, settings.rate_scales) == ("muon", {"head": 8.0, "matrices": 0.5})
+    with pytest.raises(ValidationError, match=r"rate_scales\.heads"):
+        OnlineRlStage(name="climb", kind="online_rl", policy="base", tasks={}, rate_scales={"heads": 8})
