@@ -68,21 +68,21 @@ LEVERS: dict[str, dict[str, Any]] = {
     "second_update": {"updates_per_step": 1},
     "decline": {"last_rate_share": 1.0},
     "small_groups": {"group_size": 16},
-    "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 1.0e-3},
+    "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 5.0e-4},
     "fresh_answers": {"max_staleness": 2},
     "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
-    "muon": {"optimizer": "adamw"},
-    "head_rate": {"rate_scales": {}, "learning_rate": 5.0e-4},
+    "muon": {"optimizer": "adamw", "learning_rate": 5.0e-4, "rate_scales": {"head": 4.0}},  # AdamW's best rates
+    "head_rate": {"learning_rate": 5.0e-4, "rate_scales": {}},  # the best rate for both
 }
 ADAM: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 5.0e-4, "rate_scales": {}}
-BEFORE: dict[str, dict[str, Any]] = {"C": {}, "Cadam": ADAM, "Cadam0": ADAM | {"warmup_steps": 0}}
+BEFORE: dict[str, dict[str, Any]] = {"Cadam": ADAM, "Cadam0": ADAM | {"warmup_steps": 0}}
 PEERS: dict[str, dict[str, Any]] = {"A": {}, "A+head_rate": {"head_rate_scale": 4.0}}
 ALONE: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": FULL["curriculum"]},
     "head_rate": {"rate_scales": {"head": 4.0}},
     "muon": {"optimizer": "muon"},
     "second_update": {"updates_per_step": 2},
-    "small_batches": {name: FULL[name] for name in ("groups_per_step", "group_size", "learning_rate")},
+    "small_batches": {"groups_per_step": 4, "group_size": 8, "learning_rate": 5.0e-4},
 }
 MORE: dict[str, dict[str, Any]] = {
     "max_rl": {"objective": {"advantage": "max_rl"}},
@@ -108,14 +108,16 @@ def run(
     """Do the runs that are missing."""
     for pool, arm, seed in itertools.product(pools, arms, seeds):
         place = folder / pool / f"{arm}{label}" / f"seed{seed}"
-        if (place / "curve.json").exists():
-            continue
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir(parents=True)
         changes = yaml.safe_load(settings) or {}
         start, examples = efficiency_pools.starting_point(folder, pool), efficiency_pools.pool_file(folder, pool)
         asked = SHARED[pool] | TRL_OPTIONS | PEERS[arm] if arm in PEERS else stage_of(arm, pool)
         asked = changed(asked, changes)
+        if (place / "curve.json").exists():
+            if settings_of(place)["settings"] != asked | {"of_256_answers": steps}:
+                raise typer.BadParameter(f"{place} holds a run with other settings: use another folder, or a --label")
+            continue
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir(parents=True)
         (place / "settings.json").write_text(json.dumps(asked | {"of_256_answers": steps}))
         if arm in PEERS:
             rows = trl_run(place, start, examples, seed, steps, asked, checkpoints)
@@ -129,10 +131,9 @@ def run(
 def stage_of(arm: str, pool: str) -> dict[str, Any]:
     """What an arm's stage says beyond what all have in common."""
     uniform = SHARED[pool] | {"max_staleness": 2, "curriculum": UNIFORM}
-    arms = {"B": uniform} | {f"B+{name}": uniform | lever for name, lever in ALONE.items()}
-    for name, change in BEFORE.items():
-        full = FULL | change
-        arms |= {name: full} | {f"{name}-{left_out}": changed(full, lever) for left_out, lever in LEVERS.items()}
+    arms = {"B": uniform, "C": FULL} | {name: FULL | change for name, change in BEFORE.items()}
+    arms |= {f"B+{name}": uniform | lever for name, lever in ALONE.items()}
+    arms |= {f"C-{name}": changed(FULL, lever) for name, lever in LEVERS.items()}
     arms |= {f"C+{name}": changed(FULL, lever) for name, lever in MORE.items()}
     if arm not in arms:
         raise typer.BadParameter(f"{arm} is no arm; there are {', '.join((*PEERS, *arms))}")
@@ -140,7 +141,7 @@ def stage_of(arm: str, pool: str) -> dict[str, Any]:
 
 
 def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections are merged, but for a curriculum of another sampler, which replaces all of it."""
+    """Curriculum and objective are merged, but for a curriculum of another sampler, which replaces all of it."""
     merged = settings | changes
     for name in ("curriculum", "objective"):
         if name in settings and name in changes and changes[name] != UNIFORM:
@@ -210,8 +211,8 @@ def collect(
         known["pools"][pool] = efficiency_pools.shape(folder, pool)
         known["at_start"].setdefault(pool, {})[machine] = efficiency_pools.scores_at_start(folder, pool)
         curve = json.loads(path.read_text())
-        of_run.setdefault((pool, arm, seed), {"machine": machine, **settings_of(path.parent)})
-        of_run[pool, arm, seed] |= {"pool": pool, "arm": arm, "seed": seed, "curve": curve}
+        of_run[pool, arm, seed] = {"machine": machine, **settings_of(path.parent), "pool": pool, "arm": arm,
+                                   "seed": seed, "curve": curve}  # fmt: skip
     known["runs"] = [run for _, run in sorted(of_run.items())]
     out.write_text(json.dumps(known, indent=1) + "\n")
     print(f"{out}: {len(known['runs'])} runs")

@@ -17,7 +17,7 @@ Embedding and head are matrices of rows that are looked up, or scored, one by on
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import torch
@@ -63,7 +63,7 @@ def make_optimizers(
         for part, members in groups.items()
     ]
     of_muon = [group for group in named if kind == "muon" and group["part"] == "matrices"]
-    of_adam = [group for group in named if group not in of_muon]
+    of_adam = [group for group in named if kind != "muon" or group["part"] != "matrices"]
     made: list[torch.optim.Optimizer] = []
     if of_muon:
         made.append(Muon(of_muon, learning_rate, weight_decay=weight_decay))
@@ -72,15 +72,16 @@ def make_optimizers(
     return made
 
 
-def parts(model: PreTrainedModel) -> Iterable[tuple[Part, nn.Parameter]]:
+def parts(model: PreTrainedModel) -> Iterator[tuple[Part, nn.Parameter]]:
     """Of every trainable parameter, which part of the model it is; a head that is tied to the embedding is that."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    head = model.get_output_embeddings()
     named: dict[int, Part] = {id(parameter): "router" for parameter in router_parameters(model)}
     named |= {id(head.weight): "head"} if head is not None else {}
-    named |= {id(embedding.weight): "embedding"}
-    for parameter in model.parameters():
+    named |= {id(module.weight): "embedding" for module in model.modules() if isinstance(module, nn.Embedding)}
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            yield named.get(id(parameter), "matrices" if parameter.ndim > 1 else "vectors"), parameter
+            is_vector = parameter.ndim == 1 or name.endswith("bias")  # biases of a stack of experts are a matrix
+            yield named.get(id(parameter), "vectors" if is_vector else "matrices"), parameter
 
 
 class Muon(torch.optim.Optimizer):
@@ -100,29 +101,34 @@ class Muon(torch.optim.Optimizer):
                 if not state:
                     state["average"] = torch.zeros_like(parameter)
                 state["average"].lerp_(parameter.grad, 1 - momentum)
-                direction = orthogonal(parameter.grad.lerp(state["average"], momentum))
+                direction = orthogonal(parameter.grad.lerp(state["average"], momentum), moves=parameter.grad)
                 parameter.mul_(1 - rate * group["weight_decay"])
                 parameter.add_(direction, alpha=-rate * RMS_OF_ADAM * max(parameter.shape[-2:]) ** 0.5)
 
 
-def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
-    """About U Vᵀ of each matrix of [..., K, N], in fp32; zeros stay zeros.
+def orthogonal(matrices: torch.Tensor, moves: torch.Tensor | None = None) -> torch.Tensor:
+    """About U Vᵀ of each matrix of [..., K, N], in fp32; nought where it is nought, or the same matrix of `moves` is.
 
-    Of a DTensor, which each process has a share of: its share. A stack that is cut between matrices needs no others;
-    all else is gathered first, and every process does the same.
+    (An expert that no token came to must not go on in its old direction: at full length it would, step after step.)
+    Of DTensors, which each process has a share of: its share. What is cut within matrices is gathered first, and then
+    every process that has a share of a matrix does the same.
     """
+    moves = matrices if moves is None else moves
     if not isinstance(matrices, DTensor):
-        return _orthogonal(matrices)
-    mesh, placements = matrices.device_mesh, matrices.placements
-    if matrices.ndim > 2 and all(placement in (Shard(0), Replicate()) for placement in placements):
-        own = _orthogonal(matrices.to_local())
-        return DTensor.from_local(
-            own, mesh, placements, run_check=False, shape=matrices.shape, stride=matrices.stride()
-        )  # fmt: skip
-    whole = _orthogonal(matrices.full_tensor())
-    return DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False).redistribute(
-        placements=placements
-    )
+        return _orthogonal(matrices) * _any_element(moves)
+    mesh, cut = matrices.device_mesh, matrices.placements
+    between = [place if matrices.ndim > 2 and place == Shard(0) else Replicate() for place in cut]
+    whole, moved = (tensor.redistribute(placements=between).to_local() for tensor in (matrices, moves))
+    direction = _orthogonal(whole) * _any_element(moved)
+    own = DTensor.from_local(
+        direction, mesh, between, run_check=False, shape=matrices.shape, stride=matrices.stride()
+    )  # fmt: skip
+    return own.redistribute(placements=cut)
+
+
+def _any_element(matrices: torch.Tensor) -> torch.Tensor:
+    """[..., 1, 1]: 1 for a matrix that is not nought."""
+    return (matrices != 0).flatten(-2).any(-1)[..., None, None].to(torch.float32)
 
 
 def _orthogonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -447,7 +447,8 @@ class OnlineRlStage(Stage):
         "and biases, a head that is tied to the embedding is the embedding; routers: `router.policy`",
     )
     updates_per_step: PositiveInt = Field(
-        1, description="of the optimiser on each step's batch; from the second on the trust region holds it back"
+        1,
+        description="of the optimiser on each step's batch; from the second on the trust region drops tokens that moved far",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = 3
     last_rate_share: Share = Field(1.0, description="of the learning rate at the last step; linear decline over all")

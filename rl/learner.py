@@ -321,14 +321,14 @@ class PolicyLearner:
             self._backward_of_nothing(cuts[0])
         gauges = Gauges.joined(self._gathered(gauges))
         scale = self._rate_scale()
-        norm = clip_grad_norm(self.model, settings.max_grad_norm)
+        norm = clip_grad_norm(self.model, settings.max_grad_norm).item()
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * scale
-            if math.isfinite(norm.item()):
+            if math.isfinite(norm):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        rates = {"grad_norm": norm.item(), "learning_rate": settings.learning_rate * scale}
+        rates = {"grad_norm": norm, "learning_rate": settings.learning_rate * scale}
         routers = self.routers.end_step()
         fp8 = self.fp8.metrics() if self.fp8 else {}  # last: what the routers' probe left in its gauges is of this step
         return gauges.metrics() | rates | routers | fp8
