@@ -448,7 +448,7 @@ class OnlineRlStage(Stage):
     )
     updates_per_step: PositiveInt = Field(
         1,
-        description="of the optimiser on each step's batch; from the second on the trust region drops tokens that moved far",
+        description="of the optimiser on each step's batch; from the second on the trust region holds tokens back",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = 3
     last_rate_share: Share = Field(1.0, description="of the learning rate at the last step; linear decline over all")

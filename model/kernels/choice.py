@@ -26,7 +26,7 @@ class Wanted:
 
     out_dtype: torch.dtype
     widths: tuple[int, int]  # K and N, elements
-    device: str  # "cpu", "cuda", …
+    device: str  # "cpu", "cuda", "rocm" (which torch calls cuda), …
     capability: Capability | None = None  # of a CUDA device
     has_triton: bool = False
 
@@ -98,12 +98,14 @@ FP8 = (
     Fp8Kernel("triton", "cuda", lowest=(8, 9), needs_triton=True),
 )  # fmt: skip
 
-# torch's function is one kernel for bf16 from 9.0 on, and wants rows of whole 16 bytes. Triton compiles for 8.0 and
-# later. fp32 is for the loop: tensor cores would round its operands to TF32, and without them cuBLAS does as well.
+# torch's function is one kernel for bf16 on 9.x and 10.x, and wants rows of whole 16 bytes; elsewhere it is a loop that
+# waits for the routing (pytorch/pytorch#194227). Triton compiles for 8.0 and later. fp32 is for the loop: tensor cores
+# would round its operands to TF32, and without them cuBLAS does as well.
 UNSCALED = (
-    Kernel("torch", "cuda", lowest=(9, 0), out_dtypes=(torch.bfloat16,), width_multiple=8),
+    Kernel("torch", "cuda", lowest=(9, 0), highest=(10, 9), out_dtypes=(torch.bfloat16,), width_multiple=8),
     Kernel("triton", "cuda", lowest=(8, 0), out_dtypes=(torch.bfloat16, torch.float16), needs_triton=True),
     Kernel("loop", "cuda"),
+    Kernel("loop", "rocm"),
 )
 
 
@@ -114,7 +116,7 @@ def choose_fp8_kernel(wanted: WantedFp8) -> str:
 
 def choose_kernel(wanted: Wanted, named: str | None = None) -> str:
     """The same for all three products of operands that are not FP8; of kernels called `named`, if that is given."""
-    names = ", ".join(kernel.name for kernel in UNSCALED)
+    names = ", ".join(dict.fromkeys(kernel.name for kernel in UNSCALED))
     asked = [kernel for kernel in UNSCALED if named in (None, kernel.name)]
     return _first_that_can(asked, wanted, f"{named!r} was asked for, of {names}")
 

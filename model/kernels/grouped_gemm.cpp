@@ -49,7 +49,11 @@ constexpr int64_t DEPTH = 64;       // rows of w that forward multiplies before 
 constexpr int64_t MOST_ROWS = 256;  // that dgrad turns at a time: they stay in the cache
 constexpr int STEPS = 8;                // rows of w that forward keeps in registers where an expert has few rows
 constexpr int64_t FAR_AHEAD = 1 << 13;  // floats that it fetches ahead
+#if defined(LARGE_FROM)                 // tests, whose products are small
+constexpr int64_t LARGE = LARGE_FROM;
+#else
 constexpr int64_t LARGE = 1 << 23;      // floats: more than a cache holds
+#endif
 constexpr int LINE = 64 / sizeof(float);  // of the cache
 
 typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
@@ -60,15 +64,26 @@ typedef float Vector __attribute__((vector_size(LANES * sizeof(float)), aligned(
 ALWAYS_INLINE inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
 ALWAYS_INLINE inline void store(float* to, Vector value) { *reinterpret_cast<Vector*>(to) = value; }
 
-// Past the cache, where the processor can: to a multiple of the vector's size.
+// Past the cache, to a multiple of the vector's size, where the processor can.
+#if defined(__AVX512F__)
+constexpr bool STREAMS = LANES == 16;
+#elif defined(__AVX__)
+constexpr bool STREAMS = LANES == 8;
+#else
+constexpr bool STREAMS = false;
+#endif
 ALWAYS_INLINE inline void stream(float* to, Vector value) {
 #if defined(__AVX512F__)
-    if constexpr (LANES == 16) return _mm512_stream_ps(to, *reinterpret_cast<const __m512*>(&value));
-#endif
-#if defined(__AVX__)
-    if constexpr (LANES == 8) return _mm256_stream_ps(to, *reinterpret_cast<const __m256*>(&value));
-#endif
+    __m512 whole;
+    std::memcpy(&whole, &value, std::min(sizeof whole, sizeof value));
+    _mm512_stream_ps(to, whole);
+#elif defined(__AVX__)
+    __m256 whole;
+    std::memcpy(&whole, &value, std::min(sizeof whole, sizeof value));
+    _mm256_stream_ps(to, whole);
+#else
     store(to, value);
+#endif
 }
 
 // What a thread has streamed is seen by others after this.
@@ -92,7 +107,7 @@ struct Operands {
     int64_t result_stride = 0;
     int columns = 0;               // of the result; the right side may have more, which nobody reads
     bool add = false;              // to what is there
-    bool past_cache = false;       // the result, of whole vectors; nobody reads it soon
+    bool past_cache = false;       // the result, of whole vectors: what it would push out is read sooner
     const float* ahead = nullptr;  // memory to fetch meanwhile, a line of the cache at each of the first steps
     int64_t lines_ahead = 0;
 };
@@ -143,7 +158,7 @@ void tile(const Operands& of) {
         float* to = of.result + i * of.result_stride;
         if (whole_vectors) {
             UNROLL for (int v = 0; v < VECTORS; v++)
-                of.past_cache ? stream(to + v * LANES, sums[i][v]) : store(to + v * LANES, sums[i][v]);
+                STREAMS && of.past_cache ? stream(to + v * LANES, sums[i][v]) : store(to + v * LANES, sums[i][v]);
         } else {
             float row[VECTORS * LANES];
             UNROLL for (int v = 0; v < VECTORS; v++) store(row + v * LANES, sums[i][v]);
@@ -382,7 +397,7 @@ void grouped_dgrad(const float* dy, const float* w, float* dx, const int32_t* en
 
 void grouped_wgrad(const float* x, const float* dy, float* dw, const int32_t* ends, int64_t E, int64_t K, int64_t N,
                    int threads) {
-    const bool past_cache = E * K * N > LARGE && N % COLUMNS == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0;
+    const bool past_cache = STREAMS && E * K * N > LARGE && N % COLUMNS == 0 && reinterpret_cast<uintptr_t>(dw) % 64 == 0;
     for_each_expert(ends, E, threads, [&](int64_t e, int64_t first, int64_t M) {
         wgrad(x + first * K, dy + first * N, dw + e * K * N, M, K, N, past_cache);
         streams_end();

@@ -71,7 +71,7 @@ def _kernel(w_EKN: torch.Tensor) -> str:
     wanted = Wanted(
         out_dtype=w_EKN.dtype,
         widths=(w_EKN.shape[1], w_EKN.shape[2]),
-        device=w_EKN.device.type,
+        device="rocm" if torch.version.hip else w_EKN.device.type,
         capability=torch.cuda.get_device_capability(w_EKN.device),
         has_triton=has_triton(),
     )

@@ -176,9 +176,11 @@ def assert_whole(out: Path, two: dict[str, Any]) -> None:
         assert weights_digest(iter(files)) == two["probe"]["digest"]
 
 
-@pytest.mark.parametrize("expert_parallel", [1, 2])
-def test_a_state_of_two_learners_is_gone_on_from_bit_for_bit_by_two_and_closely_by_one(tmp_path, expert_parallel):
-    settings = tiny_settings(tmp_path, expert_parallel=expert_parallel)
+@pytest.mark.parametrize(("expert_parallel", "optimizer"), [(1, "adamw"), (2, "adamw"), (2, "muon")])
+def test_a_state_of_two_learners_is_gone_on_from_bit_for_bit_by_two_and_closely_by_one(
+    tmp_path, expert_parallel, optimizer
+):
+    settings = tiny_settings(tmp_path, expert_parallel=expert_parallel, optimizer=optimizer)
     uninterrupted = of_two(settings, tmp_path)[0]
     of_two(settings, tmp_path, "", 1)  # leaves state-2.pt
     state = str(tmp_path / "state-2.pt")

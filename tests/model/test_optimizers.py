@@ -1,5 +1,7 @@
 """Muon against torch's and against the singular value decomposition; which parameter is whose."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -59,7 +61,7 @@ def test_steps_are_those_of_torch(shape):
     assert (ours - start).norm() > 0.5 * moved
 
 
-def test_a_step_is_as_long_as_one_of_adam(llama4):
+def test_a_step_is_as_long_as_one_of_adam():
     """By the root mean square: 0.2 of the rate, as AdamW's are once gradients alternate (Moonlight)."""
     matrix = torch.nn.Parameter(torch.zeros(64, 96))
     matrix.grad = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
@@ -82,18 +84,41 @@ def test_every_trainable_parameter_is_in_one_group_at_its_rate(llama4):
     }
 
 
-def test_adamw_alone_has_all_of_them_and_moves_them_as_torch_does(llama4):
-    (adam,) = make_optimizers(llama4, "adamw", 1e-3, 0.1)
-    assert {group["lr"] for group in adam.param_groups} == {1e-3} == {g["initial_lr"] for g in adam.param_groups}
-    assert sum(len(group["params"]) for group in adam.param_groups) == len(list(parts(llama4)))
+def test_adamw_alone_moves_every_parameter_as_torch_does(llama4):
+    ours, theirs = copy.deepcopy(llama4).requires_grad_(True), copy.deepcopy(llama4).requires_grad_(True)
+    (adam,) = make_optimizers(ours, "adamw", 1e-3, 0.1)
+    plain = torch.optim.AdamW(theirs.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1, fused=True)
+    for model, optimizer in ((ours, adam), (theirs, plain)):
+        torch.manual_seed(1)
+        for _ in range(2):
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    for (name, mine), other, start in zip(ours.named_parameters(), theirs.parameters(), llama4.parameters()):
+        assert torch.equal(mine, other) and not torch.equal(mine, start), name
+
+
+def test_an_expert_that_no_token_came_to_stays():
+    """Its averaged gradient is not nought, and made orthogonal it would be a step of full length, for ever."""
+    stack = torch.nn.Parameter(torch.zeros(3, 16, 24))
+    muon = Muon([stack], lr=1e-3)
+    stack.grad = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    before = stack.detach().clone()
+    stack.grad[1] = 0.0
+    muon.step()
+    assert [torch.equal(now, then) for now, then in zip(stack, before)] == [False, True, False]
 
 
 def test_a_tied_head_is_the_embedding():
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 40}
-    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    config = LlamaConfig(
+        **sizes, num_attention_heads=2, attention_bias=True, tie_word_embeddings=True
+    )  # as many biases and norms as matrices
     tied = LlamaForCausalLM(config)
     found = [part for part, _ in parts(tied)]
     assert found.count("embedding") == 1 and "head" not in found
     assert set(found) == {"embedding", "vectors", "matrices"}
+    assert len(make_optimizers(tied, "muon", 1e-3)) == 2
     with pytest.raises(ValueError, match="rate_scales: head: this model trains embedding, matrices, vectors"):
         make_optimizers(tied, "adamw", 1e-3, rate_scales={"head": 4.0})

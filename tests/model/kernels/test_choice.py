@@ -53,8 +53,8 @@ def test_fp8_that_no_kernel_does_exactly_is_refused_with_reasons(changes, told):
         choose_fp8_kernel(wanted_fp8(**changes))
 
 
-def wanted(capability=(9, 0), dtype=BF16, widths=(256, 512), has_triton=True):
-    return Wanted(out_dtype=dtype, widths=widths, device="cuda", capability=capability, has_triton=has_triton)
+def wanted(capability=(9, 0), dtype=BF16, widths=(256, 512), has_triton=True, device="cuda"):
+    return Wanted(out_dtype=dtype, widths=widths, device=device, capability=capability, has_triton=has_triton)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,8 @@ def wanted(capability=(9, 0), dtype=BF16, widths=(256, 512), has_triton=True):
     [
         ({}, "torch"),
         ({"capability": (10, 0), "has_triton": False}, "torch"),
+        ({"capability": (12, 0)}, "triton"),
+        ({"device": "rocm"}, "loop"),
         ({"widths": (256, 500)}, "triton"),  # torch's function asks for rows of whole 16 bytes
         ({"dtype": FP16}, "triton"),
         ({"capability": (8, 0)}, "triton"),
