@@ -23,6 +23,7 @@ STYLE = (
 )
 EASY = (1, 2)  # levels
 FIT_POINTS = 6  # a curve of fewer is not fitted
+PICTURED = ("A", "A+head_rate", "B", "C", "Cadam")
 
 Curve = list[dict[str, Any]]
 Curves = dict[str, dict[str, list[Curve]]]  # pool → arm → one a seed
@@ -149,8 +150,8 @@ def fit_text(curves: list[Curve], at_start: float) -> str:
 
 
 def draw(runs: Curves, at_start: dict[str, float], picture: Path) -> None:
-    """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run; without the arms that lack a lever."""
-    runs = {pool: {arm: of for arm, of in arms.items() if arm.isalnum()} for pool, arms in runs.items()}
+    """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run."""
+    runs = {pool: {arm: of for arm, of in arms.items() if arm in PICTURED} for pool, arms in runs.items()}
     arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
     parts = [
         f'<circle class="fill c{colour}" cx="{14 + 90 * i}" cy="12" r="4"/><text x="{22 + 90 * i}" y="16">{arm}</text>'
