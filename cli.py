@@ -227,12 +227,17 @@ def export_fp8(
     ] = False,
     layers: Annotated[
         list[int] | None,
+        typer.Option("--layer", metavar="N", help="Exactly this layer, counted from 0; may be given several times."),
+    ] = None,
+    scope: Annotated[
+        list[str] | None,
         typer.Option(
-            "--layer", metavar="N", help="Exactly this MoE layer, counted from 0; may be given several times."
+            help="What is FP8, as it was trained: routed_experts (unless told otherwise), shared_expert, dense_mlp, "
+            "attention_v_o, attention_q_k; may be given several times.",
         ),
     ] = None,
 ) -> None:
-    """Write a checkpoint whose routed experts are FP8, as vLLM serves it on GPUs (not measured on a GPU).
+    """Write a checkpoint whose routed experts, or more, are FP8, as vLLM serves it on GPUs (not measured on a GPU).
 
     **Examples**
 
@@ -240,7 +245,7 @@ def export_fp8(
     """
     from pipeline.fp8_export import export_checkpoint
 
-    export_checkpoint(source, target, recipe=recipe, all_layers=all_layers, layers=layers)
+    export_checkpoint(source, target, recipe=recipe, all_layers=all_layers, layers=layers, scope=scope)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""FP8 in the routed experts of one model: switched on, watched, given back layer by layer, and shown to the engine.
+"""FP8 in the products of one model: switched on, watched, given back layer by layer, and shown to the engine.
 
 Called by the trainers of every stage. What FP8 is: `model/kernels/fp8.py`. Master weights stay in the dtype they have.
 """
@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from model.experts import Experts
 from model.fp8_gauges import Fp8Gauges, Fp8Watch, worst_of
-from model.kernels.quantise import quantise
-from model.moe_layer import MoeBlock
-from model.precision import Fp8Settings, fp8_layers
+from model.fp8_scope import fp8_parameters
+from model.kernels.quantise import input_major, quantise
+from model.linear import Linear
+from model.precision import Fp8Settings
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +22,8 @@ if TYPE_CHECKING:
 
 
 class Fp8Training:
-    """ValueError for a model without an MoE layer that the settings leave to FP8, or without one that they name."""
+    """ValueError for a model of another definition, for one that the settings leave nothing of to FP8, or without a
+    layer that they name."""
 
     def __init__(
         self,
@@ -32,27 +35,44 @@ class Fp8Training:
         """`gather` turns one trainer's value into every trainer's: they must leave FP8 together, or they would compute
         different models."""
         self.settings, self.gather = settings, gather
-        moe_layers = list(getattr(model.config, "moe_layers", None) or [])
+        self.watch = Fp8Watch(settings, say)
+        self.modules: dict[int, list[Experts | Linear]] = {}
+        self.gauges: dict[int, Fp8Gauges] = {}
+        self.layer_of: dict[str, int] = {}  # of each parameter that is multiplied in FP8
+        if model.config.model_type != "llama4_text":
+            raise ValueError(f"fp8 is for Llama 4 (llama4_text); {model.config.model_type} has no FP8 products")
         try:
-            chosen = fp8_layers(moe_layers, settings)
+            specs = fp8_parameters(model.config.to_dict(), settings)
         except ValueError as error:
             raise ValueError(f"fp8.{error}") from error
-        if not chosen:
+        if not specs:
             raise ValueError(
-                f"fp8: no routed expert is left to run in FP8; {model.config.model_type} has the MoE layers "
-                f"{moe_layers}, and keep_first_and_last is {settings.keep_first_and_last}"
+                f"fp8: nothing of the scope {', '.join(settings.scope)} is left to run in FP8; the MoE layers are "
+                f"{list(model.config.moe_layers)}, and keep_first_and_last is {settings.keep_first_and_last}"
             )
-        blocks = {layer: model.model.layers[layer].feed_forward for layer in chosen}
-        self.experts = {layer: block.experts for layer, block in blocks.items() if isinstance(block, MoeBlock)}
-        self.gauges = {layer: Fp8Gauges() for layer in self.experts}
-        self.watch = Fp8Watch(settings, say)
-        for layer, experts in self.experts.items():
-            experts.precision, experts.gauges = settings, self.gauges[layer]
+        for spec in specs:
+            assert spec.layer is not None
+            self.layer_of[spec.name] = spec.layer
+            self._switch_on(spec.layer, *self._module_of(model, spec.name))
+
+    @staticmethod
+    def _module_of(model: MoeForCausalLM, parameter: str) -> tuple[str, Experts | Linear]:
+        """The module that multiplies by a parameter, and what its gauges are called within its layer."""
+        path = parameter.rpartition(".")[0]
+        module = model.get_submodule(path)
+        assert isinstance(module, Experts | Linear), path
+        within = path.split(".", 3)[3].removeprefix("feed_forward.")
+        return ("" if isinstance(module, Experts) else within), module
+
+    def _switch_on(self, layer: int, name: str, module: Experts | Linear) -> None:
+        gauges = self.gauges.setdefault(layer, Fp8Gauges())
+        module.precision, module.gauges = self.settings, gauges.named(name) if name else gauges
+        self.modules.setdefault(layer, []).append(module)
 
     @property
     def layers(self) -> tuple[int, ...]:
         """Those still in FP8."""
-        return tuple(layer for layer in self.experts if layer not in self.watch.fallen_back)
+        return tuple(layer for layer in self.modules if layer not in self.watch.fallen_back)
 
     def metrics(self) -> dict[str, float]:
         """What FP8 did since the last call, `fp8/layer3/gate_up.input/snr_db` and so on; a layer that it hurts too much
@@ -65,19 +85,23 @@ class Fp8Training:
                 for gauge in ("amax", "saturation_share", "underflow_share", "snr_db"):
                     metrics[f"fp8/layer{layer}/{tensor}/{gauge}"] = getattr(seen, gauge)
             if self.watch.observe(layer, stats):
-                self.experts[layer].precision = None
+                self._switch_off(layer)
         return metrics
 
     def give_back(self, fallen_back: Mapping[int, str]) -> None:
         """The layers that an earlier part of this run gave back, with the reasons of then."""
         self.watch.fallen_back = dict(fallen_back)
         for layer in fallen_back:
-            self.experts[layer].precision = None
+            self._switch_off(layer)
+
+    def _switch_off(self, layer: int) -> None:
+        for module in self.modules[layer]:
+            module.precision = None
 
     def as_served(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """The same weights as an engine without FP8 needs them to sample what FP8 would: rounded to FP8 and back."""
-        rounded = {f"model.layers.{layer}.feed_forward.experts.": layer for layer in self.layers}
         for name, tensor in weights:
-            if any(part in name for part in rounded):
-                tensor = quantise(tensor, self.settings.recipe, axis=1).dequantise().to(tensor.dtype)
+            if self.layer_of.get(name) in self.layers:
+                served = quantise(input_major(tensor), self.settings.recipe, axis=1).dequantise().to(tensor.dtype)
+                tensor = served if tensor.dim() == 3 else served[0].T
             yield name, tensor

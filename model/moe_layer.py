@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import Llama4TextConfig
 
 from model.experts import Experts
+from model.linear import Linear
 from model.router import Route, Router
 
 
@@ -28,9 +29,9 @@ class SwiGlu(nn.Module):
 
     def __init__(self, hidden_size: int, width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=False)
+        self.up_proj = Linear(hidden_size, width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
         self.down_proj.writes_residual = True
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from model.experts import Experts
 from model.fp8_gauges import NothingRecorded
+from model.linear import Linear
 from model.logprobs import token_statistics
 from model.moe_layer import MoeBlock, SwiGlu
 from model.norm import RmsNorm, rms_norm
@@ -56,10 +57,10 @@ class MoeAttention(nn.Module):
         self.growth, self.growth_floor = config.attn_scale, config.floor_scale
         bias, queries = config.attention_bias, config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=bias)
+        self.q_proj = Linear(config.hidden_size, queries, bias=bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=bias)
         self.o_proj.writes_residual = True
 
     def forward(self, x_TD: torch.Tensor, rotation: Rotation, attention: Attention) -> torch.Tensor:

@@ -25,6 +25,7 @@ from pydantic import (
 from model.precision import Format as Fp8Format
 from model.precision import Fp8Settings
 from model.precision import Recipe as Fp8Recipe
+from model.precision import Scope as Fp8Scope
 from rl.health import DEFAULT_LIMITS, Limit
 from rl.losses import Objective
 
@@ -198,7 +199,7 @@ class RlRouterSettings(RouterSettings):
 
 
 class Fp8Section(Section):
-    """FP8 in the routed experts' products; everything else stays as `dtype` says. Taught in model/kernels/fp8.py.
+    """FP8 in the products of `scope`; everything else stays as `dtype` says. Taught in model/kernels/fp8.py.
 
     `keep_first_and_last` and `layers` are two ways to say which layers; a recipe writes one of them.
     """
@@ -214,16 +215,21 @@ class Fp8Section(Section):
     )
     keep_first_and_last: bool = Field(
         Fp8Settings.keep_first_and_last,
-        description="leave out the first and the last MoE layer, where outliers live; false: all MoE layers in FP8",
+        description="leave out the first and the last MoE layer, where outliers live, and of every other part of "
+        "`scope` its first and last layer; false: all layers in FP8",
     )
     layers: list[LayerNumber] | None = Field(
-        None, min_length=1, description="exactly these MoE layers, counted from 0; null: as keep_first_and_last says. "
-        "Their routed experts only: router, attention, shared expert and dense layers have no FP8 path"
+        None, min_length=1, description="exactly these layers, counted from 0; null: as keep_first_and_last says"
+    )  # fmt: skip
+    scope: list[Fp8Scope] = Field(
+        list(Fp8Settings.scope), min_length=1,
+        description="what runs in FP8: routed_experts, shared_expert, dense_mlp, attention_v_o, attention_q_k (whose "
+        "errors a softmax amplifies); router, head and norms never do",
     )  # fmt: skip
 
     def settings(self) -> Fp8Settings:
         layers = None if self.layers is None else tuple(self.layers)
-        return Fp8Settings(**self.model_dump(exclude={"layers"}), layers=layers)
+        return Fp8Settings(**self.model_dump(exclude={"layers", "scope"}), layers=layers, scope=tuple(self.scope))
 
     def idle_keys(self) -> dict[str, str]:
         if self.layers is None:
@@ -239,7 +245,9 @@ class SftStage(Stage):
     examples: str = Field(description="the judge_filter stage whose kept examples are trained on")
     train: TrainSettings = TrainSettings()
     router: RouterSettings = RouterSettings()
-    fp8: Fp8Section | None = Field(None, description="train the routed experts in FP8; null: in `train.dtype`")
+    fp8: Fp8Section | None = Field(
+        None, description="products in FP8, the routed experts' unless it says more; null: in none"
+    )
 
     def idle_keys(self) -> dict[str, str]:
         return self.router.idle_keys() | (self.fp8.idle_keys() if self.fp8 else {})
@@ -466,7 +474,7 @@ class OnlineRlStage(Stage):
     router: RlRouterSettings = RlRouterSettings()
     fp8: Fp8Section | None = Field(
         None,
-        description="train the routed experts in FP8 and sample with the weights as FP8 holds them; null: `dtype`",
+        description="train the routed experts, or more, in FP8; engines sample with what FP8 makes of weights; null: no",
     )
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()

@@ -9,10 +9,16 @@ from pipeline.stage import DataError, RecipeError
 
 
 def export_checkpoint(
-    source: str, target: str, *, recipe: str, all_layers: bool, layers: Sequence[int] | None = None
+    source: str,
+    target: str,
+    *,
+    recipe: str,
+    all_layers: bool,
+    layers: Sequence[int] | None = None,
+    scope: Sequence[str] | None = None,
 ) -> None:
-    """Write the Llama 4 behind a path or hub id with FP8 experts. RecipeError for options that say nothing or two
-    things at once, DataError for a checkpoint that cannot be served so."""
+    """Write the Llama 4 behind a path or hub id with FP8 experts, or more of it. RecipeError for options that say
+    nothing or two things at once, DataError for a checkpoint that cannot be served so."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -27,9 +33,10 @@ def export_checkpoint(
             recipe=recipe,  # type: ignore[arg-type]
             keep_first_and_last=not all_layers,
             layers=tuple(layers) if layers else None,
+            scope=tuple(scope) if scope else Fp8Settings.scope,  # type: ignore[arg-type]
         )
     except ValueError as error:
-        raise RecipeError(f"--recipe: {error}") from error
+        raise RecipeError(str(error)) from error
     if Path(target).exists():
         raise DataError(f"{target} exists; name a directory that does not")
     try:
@@ -44,4 +51,5 @@ def export_checkpoint(
     except (CheckpointNotFound, ValueError) as error:
         raise DataError(str(error)) from error
     before, after = size.values()
-    print(f"{target}: FP8 experts ({recipe}), {before / 2**20:,.1f} MiB → {after / 2**20:,.1f} MiB; for vLLM on GPUs")
+    what = f"{', '.join(settings.scope)} in FP8 ({recipe})"
+    print(f"{target}: {what}, {before / 2**20:,.1f} MiB → {after / 2**20:,.1f} MiB; for vLLM on GPUs")

@@ -16,8 +16,8 @@ from functools import reduce
 
 from model.checkpoint import HUB_ID, SMOLLM2
 from model.config import TinyShape, read_config, tiny
-from model.precision import fp8_layers
-from model.tensor_map import moe_layers, text_config
+from model.fp8_scope import fp8_parameters
+from model.tensor_map import Config, moe_layers, text_config
 from pipeline import own_class
 from pipeline.config import (
     GATES,
@@ -263,17 +263,16 @@ def max_positions(recipe: Recipe, reference: str) -> int | None:
     return positions if isinstance(positions, int) else None
 
 
-def moe_layers_of(recipe: Recipe, reference: str) -> list[int] | None:
-    """MoE layers of the model behind a reference; None where that is not known before it is fetched."""
+def text_config_of(recipe: Recipe, reference: str) -> Config | None:
+    """The text model's config.json behind a reference; None where it is not known before it is fetched or made."""
     base = origin(recipe, reference)
     if isinstance(base, BootstrapStage):
-        return moe_layers(tiny(TinyShape(num_layers=base.num_layers)))
+        return tiny(TinyShape(num_layers=base.num_layers))
     if isinstance(base, UpcycleStage):
         return None  # how many layers its source has may not be known yet
     try:
-        config = text_config(read_config(base) or {})
-        return moe_layers(config) if config.get("model_type") in ("llama4_text", "llama") else None
-    except (ValueError, KeyError):
+        return text_config(read_config(base) or {}) or None
+    except ValueError:
         return None  # already reported by the reference check
 
 
@@ -301,21 +300,22 @@ def _fp8_layers(recipe: Recipe) -> Iterator[str]:
         if not isinstance(stage, SftStage | OnlineRlStage) or stage.fp8 is None:
             continue
         reference = stage.init if isinstance(stage, SftStage) else stage.policy
-        layers = moe_layers_of(recipe, reference)
-        if layers is None:
+        where, config = f"stages.{stage.name}.fp8", text_config_of(recipe, reference)
+        if config is None:
             continue
-        if not layers:
-            yield f"stages.{stage.name}.fp8: {shown(reference)} is dense; FP8 is for routed experts: leave fp8 out."
+        if config.get("model_type") != "llama4_text":
+            yield f"{where}: {shown(reference)} is {config.get('model_type')}; FP8 is for Llama 4: leave fp8 out."
             continue
         try:
-            chosen = fp8_layers(layers, stage.fp8.settings())
+            chosen = fp8_parameters(config, stage.fp8.settings())
         except ValueError as error:
-            yield f"stages.{stage.name}.fp8.{error}."
+            yield f"{where}.{error}."
             continue
         if not chosen:
             yield (
-                f"stages.{stage.name}.fp8.keep_first_and_last: true, but {shown(reference)} has only the MoE layers "
-                f"{layers}: none is left for FP8; set it to false, name some in fp8.layers, or leave fp8 out."
+                f"{where}.keep_first_and_last: true, but {shown(reference)} has so few layers with "
+                f"{', '.join(stage.fp8.scope)} (MoE layers: {moe_layers(config)}) that none is left for FP8; set it to "
+                "false, name some in fp8.layers, or leave fp8 out."
             )
 
 

@@ -111,7 +111,7 @@ UNSCALED = (
 
 def choose_fp8_kernel(wanted: WantedFp8) -> str:
     """Name of the first kernel that does exactly what is wanted. ValueError with every kernel's reason if none does."""
-    return _first_that_can(FP8, wanted, "Run these experts in BF16, without fp8")
+    return _first_that_can(FP8, wanted, "Run these products in BF16, without fp8")
 
 
 def choose_kernel(wanted: Wanted, named: str | None = None) -> str:

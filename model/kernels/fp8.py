@@ -38,9 +38,9 @@ block128 cuts every sum each 128 terms: a partial sum is multiplied by the scale
 small ones vanish. So sums move to fp32 registers every 128 terms, and torch's kernel is called without its "fast" mode.
 
 What stays in BF16 or fp32: the router (a rounded logit is another expert), head and norms (their errors reach the
-log-probability of every token), q and k (a softmax amplifies them), the first and last MoE layer (outliers live there),
-master weights and summed gradients (an update is smaller than an FP8 step). The routed experts between are most of the
-FLOPs, and all that passes through this file.
+log-probability of every token), master weights and summed gradients (an update is smaller than an FP8 step). By default
+also q and k (a softmax amplifies them), the rest of attention, shared experts and dense layers, and the first and last
+MoE layer (outliers live there): the routed experts between are most of the FLOPs. `fp8.scope` asks for more of it.
 
 On a CPU the same FP8 numbers are multiplied in fp32: slower than BF16, but learning meets FP8's errors exactly. On CUDA
 model/kernels/choice.py says which kernel runs. Not measured on a GPU.
@@ -60,7 +60,7 @@ from torch.nn import functional as F
 from model.fp8_gauges import Fp8Gauges
 from model.kernels import reference
 from model.kernels.choice import Product, WantedFp8, choose_fp8_kernel, has_triton
-from model.kernels.quantise import Quantised, quantise
+from model.kernels.quantise import Quantised, input_major, quantise
 from model.precision import Format, Fp8Settings, Recipe
 
 
@@ -122,6 +122,17 @@ def fp8_grouped_mm(
     gradient. ValueError if `ends_E` does not fit (read on CPU only) or no kernel can do it exactly.
     """
     return _GroupedMm.apply(Rows, settings, gauges, ends_E, w_EKN, x_RK)
+
+
+def fp8_linear(
+    x_RK: torch.Tensor, w_NK: torch.Tensor, settings: Fp8Settings, gauges: Fp8Gauges | None = None
+) -> torch.Tensor:
+    """x · wᵀ in FP8, [R, N], of a linear layer's weight: one expert that has all rows. Under autocast, as any linear
+    layer, on x in its dtype."""
+    device = x_RK.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_RK.dtype
+    ends_1 = torch.full((1,), len(x_RK), dtype=torch.int32, device=x_RK.device)
+    return fp8_grouped_mm(x_RK.to(dtype), input_major(w_NK), ends_1, settings, gauges)
 
 
 def fp8_permuted_grouped_mm(

@@ -95,6 +95,11 @@ def quantise(
     return Quantised(q, scale, segment_R)
 
 
+def input_major(weight: torch.Tensor) -> torch.Tensor:
+    """Weights [E, K, N] as they are, a linear layer's [N, K] as those of one expert, [1, K, N]; a view."""
+    return weight if weight.dim() == 3 else weight.T.unsqueeze(0)
+
+
 def segments(ends_E: torch.Tensor, num_rows: int, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
     """First row, and one past the last, of each run of rows that shares scales: an expert's, or its tiles of 128."""
     if recipe != "block128":

@@ -146,6 +146,8 @@ def quantise(
 ) -> Quantised:
     """`quantise` of model/kernels/quantise.py for a left operand by its kind, or for weights [E, K, N] as "plain"."""
     x, token_R, gate_R = (*tensors, None, None)[:3]
+    if x.dim() == 3 and not x.is_contiguous() and x.mT.is_contiguous():  # a linear layer's, output-major in memory
+        return quantise(kind, (x.mT,), recipe, 3 - axis, fmt, ends_E).transposed()
     x = x.contiguous()
     shape = (
         *x.shape[:-2],

@@ -2,7 +2,9 @@
 no engine is started. Not asked: its FP8 kernels, which need a GPU.
 """
 
+import dataclasses
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from vllm_loader import loaded_by_vllm
 
 from model.config import TinyShape, tiny
 from model.fp8_export import export_fp8, quantization_config
+from model.fp8_scope import fp8_parameters
 from model.kernels.quantise import quantise
 from model.precision import Fp8Settings
 from model.tensor_map import MULTIMODAL, NOT_TEXT, parameters
@@ -23,9 +26,23 @@ MOE_LAYERS = (1, 3, 5)
 LAYER = 3
 
 
-def save_random(directory):
+EVERYTHING = ("routed_experts", "shared_expert", "dense_mlp", "attention_v_o", "attention_q_k")
+# What vLLM keeps as one matrix: what it belongs to, in which layers it is, and of which of ours it is made.
+MATRICES = {
+    "self_attn.qkv_proj": ("attention", range(6), [f"self_attn.{part}_proj" for part in "qkv"]),
+    "self_attn.o_proj": ("attention", range(6), ["self_attn.o_proj"]),
+    "feed_forward.gate_up_proj": ("dense", (0, 2, 4), [f"feed_forward.{part}_proj" for part in ("gate", "up")]),
+    "feed_forward.down_proj": ("dense", (0, 2, 4), ["feed_forward.down_proj"]),
+    "feed_forward.shared_expert.gate_up_proj": (
+        "shared", MOE_LAYERS, [f"feed_forward.shared_expert.{part}_proj" for part in ("gate", "up")]
+    ),
+    "feed_forward.shared_expert.down_proj": ("shared", MOE_LAYERS, ["feed_forward.shared_expert.down_proj"]),
+}  # fmt: skip
+
+
+def save_random(directory, shape=SHAPE):
     """A tiny Llama 4 in BF16; returns its tensors."""
-    config = Llama4TextConfig(**tiny(SHAPE, vocab_size=64)).to_dict() | {"architectures": ["Llama4ForCausalLM"]}
+    config = Llama4TextConfig(**tiny(shape, vocab_size=64)).to_dict() | {"architectures": ["Llama4ForCausalLM"]}
     torch.manual_seed(0)
     weights = {spec.name: torch.randn(spec.shape).to(torch.bfloat16) for spec in parameters(config)}
     directory.mkdir()
@@ -61,6 +78,46 @@ def test_the_loader_of_vllm_puts_every_tensor_where_its_fp8_experts_read_it(tmp_
             else:
                 assert f"{theirs}.{name}_scale" not in loaded
                 assert torch.equal(stored_ENK, whole_EKN.transpose(1, 2))
+
+
+def reordered(weight_NK, heads):
+    """vLLM turns the two halves of a head, Llama 4 every second number: rows are put in vLLM's order."""
+    return weight_NK.unflatten(0, (heads, -1, 2)).transpose(1, 2).reshape(weight_NK.shape)
+
+
+@pytest.mark.parametrize(("recipe", "scope"), [("row", EVERYTHING), ("block128", EVERYTHING[:3])])
+def test_the_loader_of_vllm_puts_linear_layers_of_the_scope_where_its_fp8_layers_read_them(
+    tmp_path, recipe, scope, monkeypatch
+):
+    """As `keep_first_and_last` says: attention of layers 1 to 4, the dense layer 2, the shared expert of 3.
+
+    vLLM looks for a kernel when it makes a layer, and has none for these on a CPU."""
+    from vllm.model_executor.layers.quantization.compressed_tensors.schemes import compressed_tensors_w8a8_fp8
+
+    monkeypatch.setattr(compressed_tensors_w8a8_fp8, "init_fp8_linear_kernel", Mock())
+    weights = save_random(tmp_path / "source", dataclasses.replace(SHAPE, head_dim=128, dense_size=256))
+    export_fp8(tmp_path / "source", tmp_path / "fp8", Fp8Settings(recipe=recipe, scope=scope))
+    loaded = loaded_by_vllm(tmp_path / "fp8", tmp_path)
+    low = {"attention": (1, 2, 3, 4) if "attention_q_k" in scope else (), "shared": (3,), "dense": (2,)}
+    heads = {"q_proj": SHAPE.num_heads, "k_proj": SHAPE.num_kv_heads}
+    found = 0
+    for theirs, (group, layers, parts) in MATRICES.items():
+        for layer in layers:
+            expected = []
+            for part in parts:
+                weight_NK = weights[f"model.layers.{layer}.{part}.weight"]
+                if layer in low[group]:
+                    weight_NK = quantise(weight_NK.float().T.unsqueeze(0), recipe, axis=1).dequantise()[0].T
+                name = part.rpartition(".")[2]
+                expected.append(reordered(weight_NK, heads[name]) if name in heads else weight_NK)
+            stored_NK = loaded[f"model.layers.{layer}.{theirs}.weight"]
+            assert (stored_NK.dtype == torch.float8_e4m3fn) == (layer in low[group]), (layer, theirs)
+            if layer in low[group]:
+                scale = loaded[f"model.layers.{layer}.{theirs}.weight_scale"]
+                stored_NK = dequantised(stored_NK.unsqueeze(0), scale.unsqueeze(0))[0]
+                found += 1
+            assert torch.equal(stored_NK, torch.cat(expected)), (layer, theirs)
+    assert found == 2 * sum(map(len, low.values()))
 
 
 @pytest.mark.parametrize("with_vision", [True, False], ids=["vLLM's own class", "our engines' class"])
@@ -109,7 +166,8 @@ def test_vllm_reads_fp8_for_exactly_these_experts(recipe):
     from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 
     config = Llama4TextConfig(**tiny(SHAPE, vocab_size=32)).to_dict()
-    theirs = CompressedTensorsConfig.from_config(quantization_config(config, (LAYER,), recipe))
+    chosen = fp8_parameters(config, Fp8Settings(layers=(LAYER,)))
+    theirs = CompressedTensorsConfig.from_config(quantization_config(config, chosen, recipe))
     linear = torch.nn.Linear(1, 1)
     for layer in range(SHAPE.num_layers):
         for expert_part in ("gate_proj", "up_proj", "down_proj"):

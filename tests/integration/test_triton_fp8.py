@@ -45,6 +45,18 @@ def check_quantise_bit_for_bit():
                 assert got.q.stride(axis) == 1 or recipe == "tensor", "the contracted axis is not contiguous"
 
 
+def check_the_weight_of_a_linear_layer_is_quantised_where_it_lies():
+    """Output-major in memory: the same numbers as input-major, and nothing is copied first."""
+    from model.kernels import triton_fp8
+
+    w_1KN = operands()[1][:1].mT.contiguous().mT
+    for recipe in RECIPES:
+        for axis in (1, 2):
+            got = triton_fp8.quantise("plain", (w_1KN,), recipe, axis, "e4m3", ENDS)
+            same_bytes(got, quantise(w_1KN, recipe, axis, "e4m3", ENDS))
+            assert got.q.stride(axis) == 1 or recipe == "tensor", "the contracted axis is not contiguous"
+
+
 def check_what_is_not_a_number_stays_so():
     from model.kernels import triton_fp8
 

@@ -15,6 +15,7 @@ from model.tensor_map import parameters
 
 SHAPE = TinyShape(hidden_size=128, num_layers=6, num_heads=2, num_kv_heads=1, head_dim=16, expert_size=256,
                   dense_size=64, num_experts=4)  # fmt: skip
+EVERYTHING = ("routed_experts", "shared_expert", "dense_mlp", "attention_v_o", "attention_q_k")
 LAYER = 3  # of the MoE layers 1, 3, 5 the one that is neither first nor last
 EXPERTS = f"model.layers.{LAYER}.feed_forward.experts"
 
@@ -77,7 +78,55 @@ def test_exactly_the_chosen_layers_are_fp8_in_the_file_and_in_its_config(tmp_pat
     assert {int(name.split(".")[2]) for name in fp8} == {1, 5} and {f"{name}_scale" for name in fp8} <= stored.keys()
     assert len(fp8) == 2 * SHAPE.num_experts * 3
     ignored = json.loads((tmp_path / "fp8" / "config.json").read_text())["quantization_config"]["ignore"]
-    assert r"re:.*\.layers\.(0|2|3|4)\.feed_forward\..*" in ignored
+    assert r"re:.*\.layers\.(0|2|3|4)\.feed_forward\.experts.*" in ignored
+    assert r"re:.*\.self_attn\.[qk]_proj$" in ignored
+
+
+@pytest.mark.parametrize("recipe", ["row", "block128"])
+def test_linear_layers_are_those_of_training_too(tmp_path, checkpoint, recipe):
+    from compressed_tensors.quantization import QuantizationArgs
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    source, weights = checkpoint
+    if recipe == "block128":
+        source, weights = wider(source, tmp_path)
+    scope = EVERYTHING if recipe == "row" else EVERYTHING[:3]
+    export_fp8(source, tmp_path / "fp8", Fp8Settings(recipe=recipe, scope=scope))
+    stored = load_file(tmp_path / "fp8" / "model.safetensors")
+    arguments = QuantizationArgs(num_bits=8, type="float", **SERVED_AS[recipe][0])
+    low = {name for name in stored if f"{name}_scale" in stored and ".experts." not in name}
+    attention = {f"model.layers.{layer}.self_attn.{part}_proj.weight" for layer in (1, 2, 3, 4) for part in "qkvo"}
+    parts = ("gate_proj", "up_proj", "down_proj")
+    dense = {f"model.layers.2.feed_forward.{part}.weight" for part in parts}
+    shared = {f"model.layers.3.feed_forward.shared_expert.{part}.weight" for part in parts}
+    assert low == dense | shared | (attention if recipe == "row" else set())
+    for name in low:
+        theirs_NK = dequantize(stored[name], stored[f"{name}_scale"], args=arguments, dtype=torch.float32)
+        ours_KN = quantise(weights[name].float().T.unsqueeze(0), recipe, axis=1).dequantise()[0]
+        assert stored[name].dtype == torch.float8_e4m3fn and torch.equal(theirs_NK.T, ours_KN)
+
+
+def wider(source, tmp_path):
+    """The same with dense layers that blocks of 128 fit."""
+    config = json.loads((source / "config.json").read_text()) | {"intermediate_size_mlp": 256}
+    weights = {spec.name: torch.randn(spec.shape).to(torch.bfloat16) for spec in parameters(config)}
+    source = tmp_path / "wider"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config))
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    return source, weights
+
+
+def test_what_vllm_would_serve_otherwise_than_it_was_trained_is_refused(tmp_path, checkpoint):
+    for scope, recipe, message in (
+        (("routed_experts", "attention_v_o"), "row", "scope attention_v_o alone can be trained, not served"),
+        (("attention_q_k",), "row", "scope attention_q_k alone"),
+        (("attention_q_k", "attention_v_o"), "block128", "block128 with scope attention_q_k .* leave attention out"),
+        (("shared_expert",), "tensor", r"recipe tensor with model\.layers\.3\.feed_forward\.shared_expert\.gate_proj"),
+        (("dense_mlp",), "block128", r"do not fit model\.layers\.2\.feed_forward\.gate_proj\.weight of 64 × 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            export_fp8(checkpoint[0], tmp_path / "fp8", Fp8Settings(recipe=recipe, scope=scope))
 
 
 def test_a_multimodal_checkpoint_keeps_its_vision_part_and_its_text_part_is_that_of_the_text_alone(
@@ -120,12 +169,12 @@ def test_refusals_name_what_was_seen(tmp_path, checkpoint):
     config = json.loads((source / "config.json").read_text())
     for changes, recipe, message in (
         ({"model_type": "llama"}, "row", "model_type is 'llama'"),
-        ({"moe_layers": [1, 3]}, "row", r"MoE layers \[1, 3\] none is left"),
-        ({"intermediate_size": 192}, "block128", "do not fit experts of 128 × 192"),
+        ({"moe_layers": [1, 3]}, "row", r"nothing of .* is left for FP8; the MoE layers are \[1, 3\]"),
+        ({"intermediate_size": 192}, "block128", r"do not fit \S+experts.gate_up_proj of 128 × 192"),
     ):
         (source / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(ValueError, match=message):
             export_fp8(source, tmp_path / "fp8", Fp8Settings(recipe=recipe))
     (source / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"source: layers: \[4\], but \[4\] have no .* layers are \[1, 3, 5\]"):
+    with pytest.raises(ValueError, match=r"source: layers: \[4\], but \[4\] have nothing .* have are \[1, 3, 5\]"):
         export_fp8(source, tmp_path / "fp8", Fp8Settings(layers=(4,)))

@@ -32,10 +32,12 @@ def test_a_model_without_a_layer_for_fp8_is_refused():
     dense = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
-    with pytest.raises(ValueError, match=r"no routed expert is left .* llama has the MoE layers \[\]"):
+    with pytest.raises(ValueError, match="llama has no FP8 products"):
         Fp8Training(dense, Fp8Settings(), print)
-    with pytest.raises(ValueError, match=r"fp8\.layers: \[2, 3\], but \[2\] have no .* layers are \[1, 3\]: name some"):
+    with pytest.raises(ValueError, match=r"fp8\.layers: \[2, 3\], but \[2\] have nothing .* are \[1, 3\]: name some"):
         Fp8Training(tiny_moe(), Fp8Settings(layers=(2, 3)), print)
+    with pytest.raises(ValueError, match=r"nothing of the scope routed_experts is left .* layers are \[1, 3\]"):
+        Fp8Training(tiny_moe(), Fp8Settings(), print)
 
 
 def test_gauges_and_what_engines_get_follow_the_chosen_layers():
@@ -55,6 +57,32 @@ def test_gauges_and_what_engines_get_follow_the_chosen_layers():
     assert {name for name in exact if not torch.equal(served[name], exact[name])} == chosen
     for name in chosen:
         assert torch.equal(served[name], quantise(exact[name].detach(), "row", axis=1).dequantise())
+
+
+def test_the_scope_may_be_more_than_experts():
+    model = tiny_moe()
+    scope = ("routed_experts", "shared_expert", "dense_mlp", "attention_v_o")
+    fp8 = Fp8Training(model, Fp8Settings(layers=(2, 3), scope=scope), print)
+    pass_and_back(model)
+    gauges = {key.removesuffix("/snr_db") for key, value in fp8.metrics().items() if key.endswith("snr_db")}
+    attention = {f"self_attn.{part}_proj" for part in "vo"}
+    mlp = {f"{part}_proj" for part in ("gate", "up", "down")}
+    named = {f"layer2/{name}" for name in attention | mlp}
+    named |= {f"layer3/{name}" for name in attention | {f"shared_expert.{part}" for part in mlp} | {"gate_up", "down"}}
+    assert gauges == {f"fp8/{name}.{tensor}" for name in named for tensor in ("input", "weight", "gradient")}
+
+    exact = dict(model.named_parameters())
+    served = dict(fp8.as_served(exact.items()))
+    rounded = {name for name in exact if not torch.equal(served[name], exact[name])}
+    assert rounded == set(fp8.layer_of) and len(rounded) == 5 + 2 + 3 + 2
+    v_proj = exact["model.layers.2.self_attn.v_proj.weight"].detach()
+    stored = quantise(v_proj.T.unsqueeze(0), "row", axis=1).dequantise()[0].T
+    assert torch.equal(served["model.layers.2.self_attn.v_proj.weight"], stored)
+
+    fp8.give_back({2: "too coarse"})
+    attention_of = [layer.self_attn for layer in model.model.layers]
+    assert attention_of[2].v_proj.precision is None and attention_of[3].v_proj.precision is fp8.settings
+    assert attention_of[3].q_proj.precision is None, "a softmax amplifies its errors, and nobody asked"
 
 
 def test_a_layer_that_fp8_hurts_leaves_the_chosen_ones_only():

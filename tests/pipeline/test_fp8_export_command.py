@@ -26,7 +26,7 @@ def test_experts_are_fp8_and_the_rest_is_as_it_was(tmp_path: Path, capsys: Any) 
                 if name.endswith(".weight"):
                     kinds[".experts." in name].add(file.get_slice(name).get_dtype())
     assert kinds[True] == {"F8_E4M3"} and kinds[False] == {"BF16"}
-    assert "FP8 experts (row)" in capsys.readouterr().out
+    assert "routed_experts in FP8 (row)" in capsys.readouterr().out
 
 
 def test_layers_may_be_named_one_by_one(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_layers_may_be_named_one_by_one(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_refused_with_what_can(tmp_path: Path) -> None:
-    with pytest.raises(RecipeError, match="--recipe: fp8 recipe is 'rows'; accepted: tensor, row, block128"):
+    with pytest.raises(RecipeError, match="fp8 recipe is 'rows'; accepted: tensor, row, block128"):
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="rows", all_layers=True)
     with pytest.raises(DataError, match="exists; name a directory that does not"):
         export_checkpoint(BASE, str(tmp_path), recipe="row", all_layers=True)
@@ -47,7 +47,7 @@ def test_what_cannot_be_is_refused_with_what_can(tmp_path: Path) -> None:
         export_checkpoint(str(tmp_path / "nowhere"), str(tmp_path / "out"), recipe="row", all_layers=True)
     with pytest.raises(RecipeError, match="--layer 3 and --all-layers contradict"):
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=True, layers=[3])
-    with pytest.raises(DataError, match=r"layers: \[2\], but \[2\] have no .* layers are \[1, 3\]: name some"):
+    with pytest.raises(DataError, match=r"layers: \[2\], but \[2\] have nothing .* have are \[1, 3\]: name some"):
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=False, layers=[2])
     with pytest.raises(DataError):  # its two MoE layers are the first and the last
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=False)

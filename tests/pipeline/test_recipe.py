@@ -218,11 +218,19 @@ def test_the_scope_of_fp8_is_the_recipes_to_say(monkeypatch: Any) -> None:
     data["stages"][2]["fp8"] = {"layers": [3], "keep_first_and_last": False}
     text = refusal(data)
     assert (
-        "stages.warm.fp8.layers: [1, 2], but [2] have no routed experts; the MoE layers are [1, 3]: name some" in text
+        "stages.warm.fp8.layers: [1, 2], but [2] have nothing of the scope routed_experts; layers that have are [1, 3]"
+        in text
     )
     assert "stages.climb.fp8.keep_first_and_last: has no effect here: fp8.layers says which, [3]; leave it out" in text
     data["stages"][2]["fp8"] = {"layers": []}
     assert "stages.climb.fp8.layers: " in refusal(data)
+    data["stages"][1]["fp8"] = {"layers": [1, 2], "scope": ["routed_experts", "dense_mlp"]}
+    data["stages"][2]["fp8"] = {"scope": ["attention_v_o", "attention_q_k"]}
+    recipe = check(data)
+    assert fp8_settings(recipe.stage("warm").fp8).scope == ("routed_experts", "dense_mlp")
+    assert check(recipe.model_dump(mode="json")) == recipe
+    data["stages"][2]["fp8"] = {"scope": ["router"]}
+    assert "stages.climb.fp8.scope.0: " in refusal(data)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from model.fp8_gauges import Fp8Gauges, Fp8Watch, TensorStats
 from model.kernels import reference
 from model.kernels.fp8 import fp8_grouped_mm, fp8_permuted_grouped_mm, fp8_swiglu_grouped_mm
 from model.kernels.quantise import quantise
-from model.precision import Fp8Settings, fp8_layers
+from model.precision import Fp8Settings
 
 RECIPES = ["tensor", "row", "block128"]
 ENDS = torch.tensor([0, 130, 130, 131, 300], dtype=torch.int32)  # two empty experts, a full tile and rests of 2, 1, 41
@@ -306,23 +306,17 @@ def test_a_layer_below_the_threshold_goes_back_to_bf16_once_and_says_so():
 
 
 def test_settings():
-    everywhere = Fp8Settings(keep_first_and_last=False)
-    assert fp8_layers([1, 3, 5, 7], Fp8Settings()) == (3, 5) and fp8_layers([1, 3], everywhere) == (1, 3)
-    assert fp8_layers([1], Fp8Settings()) == ()
-    assert fp8_layers([1, 3, 5, 7], Fp8Settings(layers=(7, 3))) == (3, 7), "the last one too, since it is named"
-    with pytest.raises(
-        ValueError, match=r"layers: \[3, 4\], but \[4\] have no routed .* layers are \[1, 3\]: name some"
-    ):
-        fp8_layers([1, 3], Fp8Settings(layers=(3, 4)))
     with pytest.raises(ValueError, match="recipe is 'rows'; accepted: tensor, row, block128"):
         Fp8Settings(recipe="rows")
     with pytest.raises(ValueError, match="gradients is 'e3m4'; accepted: e4m3, e5m2"):
         Fp8Settings(gradients="e3m4")
+    with pytest.raises(ValueError, match="scope is 'router'; accepted: routed_experts, shared_expert, dense_mlp, att"):
+        Fp8Settings(scope=("routed_experts", "router"))
 
 
 def test_settings_need_no_torch_and_products_on_a_cpu_no_triton(repo_root):
     program = (
-        "import sys; sys.modules['triton'] = None\nimport model.precision\nassert 'torch' not in sys.modules\n"
+        "import sys; sys.modules['triton'] = None\nimport model.fp8_scope\nassert 'torch' not in sys.modules\n"
         "import model.kernels.fp8, model.kernels.grouped_gemm"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=repo_root, capture_output=True, text=True, timeout=120)
