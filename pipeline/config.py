@@ -474,7 +474,7 @@ class OnlineRlStage(Stage):
     router: RlRouterSettings = RlRouterSettings()
     fp8: Fp8Section | None = Field(
         None,
-        description="train the routed experts, or more, in FP8; engines sample with what FP8 makes of weights; null: no",
+        description="train the routed experts, or more, in FP8; engines sample with what it makes of weights; null: no",
     )
     curriculum: CurriculumSettings = CurriculumSettings()
     objective: ObjectiveSettings = ObjectiveSettings()

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from model.checkpoint import load_policy, save_policy
 from model.experts import Experts
 from model.fp8_gauges import TensorStats
 from model.parallel import full_tensors
-from model.precision import Fp8Settings
+from model.precision import Fp8Settings, Scope
 from model.tiny import TinyShape, tiny_llama4
 from model.tokenizer import build_tokenizer
 from rl.learner import LearnerSettings, PolicyLearner
@@ -207,7 +207,7 @@ def test_two_learners_of_a_dense_llama(tmp_path):
 @pytest.mark.parametrize("expert_parallel", [1, 2])
 def test_a_layer_that_one_learner_sees_stored_badly_leaves_fp8_in_both(tmp_path, expert_parallel):
     """Learners that disagreed would compute different models."""
-    fp8 = Fp8Settings(keep_first_and_last=False)
+    fp8 = Fp8Settings(keep_first_and_last=False, scope=get_args(Scope))
     for seen in of_two(tiny_settings(tmp_path, fp8=fp8, expert_parallel=expert_parallel), tmp_path):
         metrics = seen["metrics"][0]
         assert metrics["fp8/layer1/down.input/snr_db"] == 1.0 and metrics["notes"] == 1
