@@ -69,7 +69,7 @@ def problems(recipe: Recipe) -> list[str]:
     """Everything wrong with the recipe, a line each; an empty list accepts it."""
     checks = (
         _names, _references, _task_sources, _splits, _cluster, _lengths, _idle_keys, _arithmetic, _curricula,
-        _fp8_layers,
+        _fp8_layers, _tied_heads,
     )  # fmt: skip
     return [problem for check in checks for problem in check(recipe)]
 
@@ -316,6 +316,20 @@ def _fp8_layers(recipe: Recipe) -> Iterator[str]:
                 f"{where}.keep_first_and_last: true, but {shown(reference)} has so few layers with "
                 f"{', '.join(stage.fp8.scope)} (MoE layers: {moe_layers(config)}) that none is left for FP8; set it to "
                 "false, name some in fp8.layers, or leave fp8 out."
+            )
+
+
+def _tied_heads(recipe: Recipe) -> Iterator[str]:
+    for stage in recipe.stages:
+        if not isinstance(stage, OnlineRlStage) or "head" not in stage.rate_scales:
+            continue
+        base = origin(recipe, stage.policy)
+        source = base.source if isinstance(base, UpcycleStage) else stage.policy  # upcycling keeps what is tied
+        config = text_config_of(recipe, source)
+        if config is not None and config.get("tie_word_embeddings"):
+            yield (
+                f"stages.{stage.name}.rate_scales.head: {stage.rate_scales['head']:g}, but the head of {shown(source)} "
+                "is tied to the embedding; write embedding, which moves both."
             )
 
 

