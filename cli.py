@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError
+from pipeline.errors import DataError, GateStopped, InfrastructureError, RecipeError
 
 EXIT_CODES: dict[type[BaseException], tuple[int, str]] = {
     RecipeError: (2, "the recipe is wrong"),

@@ -19,7 +19,7 @@ from typing import Any
 
 from model.deadline import HUB_DEADLINE_S, call_within
 from pipeline.config import DatasetTasks, ExampleMix, GeneratedTasks, TaskSource
-from pipeline.stage import DataError, InfrastructureError
+from pipeline.errors import DataError, InfrastructureError
 from rewards.task import Task, split_of
 
 Record = dict[str, Any]

@@ -19,8 +19,9 @@ from typing import Any
 
 from pipeline.config import DpoStage, LoraSettings, TrainSettings
 from pipeline.data import as_dataset
+from pipeline.errors import DataError, RecipeError
 from pipeline.mine_pairs import MinedPairs, Pair, mine_pairs
-from pipeline.stage import DataError, RecipeError, StageContext
+from pipeline.stage import StageContext
 from pipeline.trainer_actor import (
     Reporter,
     deadline_s,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pipeline.stage import DataError
+from pipeline.errors import DataError
 from rl.types import EngineSettings
 
 LONGEST_TOKENS = 1024  # prompt and answer together; a longer KV cache row would cost sequences decoded at once

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.config import EvaluateStage
 from pipeline.data import load_tasks
 from pipeline.engines import engine_settings
-from pipeline.stage import DataError, InfrastructureError, StageContext
+from pipeline.errors import DataError, InfrastructureError
+from pipeline.stage import StageContext
 from rewards.grade import grade
 from rewards.pass_at_k import mean_with_interval, pass_at_k
 from rewards.sandbox import Sandbox, SandboxUnavailable

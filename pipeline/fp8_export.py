@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.stage import DataError, RecipeError
+from pipeline.errors import DataError, RecipeError
 
 
 def export_checkpoint(

@@ -28,7 +28,8 @@ from judges.prune import Decision, prune
 from judges.verdict import LABELS, JudgeFailure, Verdict
 from pipeline.config import JudgeFilterStage
 from pipeline.data import Example, load_examples, task_to_json, write_examples
-from pipeline.stage import DataError, InfrastructureError, StageContext
+from pipeline.errors import DataError, InfrastructureError
+from pipeline.stage import StageContext
 from rl.types import EngineSettings, SampledAnswer, SampleRequest
 
 JUDGE_DEADLINE_S = 300.0  # longest wait for one batch of ratings; a busy core rates some 5 prompts a second

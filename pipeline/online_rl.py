@@ -25,7 +25,8 @@ from pipeline.calibrate_difficulty import calibrate
 from pipeline.cluster import Actor, ActorFailed
 from pipeline.config import OnlineRlStage
 from pipeline.engines import engine_settings
-from pipeline.stage import SCRATCH, DataError, GateStopped, InfrastructureError, StageContext
+from pipeline.errors import DataError, GateStopped, InfrastructureError
+from pipeline.stage import SCRATCH, StageContext
 from pipeline.step_log import LOGS, StepLog
 from pipeline.task_pool import curriculum_of, task_pool
 from pipeline.trainer_actor import fp8_settings

@@ -31,8 +31,8 @@ from pipeline.config import (
     UpcycleStage,
 )
 from pipeline.engines import LONGEST_TOKENS
+from pipeline.errors import RecipeError
 from pipeline.recipe_checks import max_positions, nearest, origin
-from pipeline.stage import RecipeError
 from rl.band import band_in_words
 from rl.controller import Bounds
 from rl.types import EngineSettings

@@ -20,8 +20,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from pipeline.config import AnyStage, DatasetTasks, GeneratedTasks, Recipe
+from pipeline.errors import RecipeError
 from pipeline.recipe_checks import nearest, problems
-from pipeline.stage import RecipeError
 
 MAX_BYTES = 1_000_000  # a recipe is a page or two; more is another file
 MAX_VALUES = 50_000  # a few YAML aliases can unfold into billions of values

@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any
 
 from model.disk import naming, remove, sync
-from pipeline.stage import SCRATCH, InfrastructureError
+from pipeline.errors import InfrastructureError
+from pipeline.stage import SCRATCH
 
 Manifest = dict[str, Any]  # the content of manifest.json
 Event = dict[str, Any]  # one line of events.jsonl: "time", "event", "stage" and the event's own fields

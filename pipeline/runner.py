@@ -41,17 +41,10 @@ from pipeline.config import (
     Recipe,
     stage_references,
 )
+from pipeline.errors import DataError, GateStopped, InfrastructureError, RecipeError
 from pipeline.progress import LiveView
 from pipeline.run_dir import MANIFEST, Manifest, RunDir, explain_disk_full, is_disk_full
-from pipeline.stage import (
-    RESUMABLE,
-    DataError,
-    GateStopped,
-    InfrastructureError,
-    RecipeError,
-    StageContext,
-    StageFunction,
-)
+from pipeline.stage import RESUMABLE, StageContext, StageFunction
 from pipeline.stopping import StopGuard
 from rewards.task import BadTask
 

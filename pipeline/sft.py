@@ -17,7 +17,8 @@ from typing import Any
 from model.precision import Fp8Settings
 from pipeline.config import RouterSettings, SftStage, TrainSettings
 from pipeline.data import Example, as_dataset, read_examples
-from pipeline.stage import DataError, StageContext
+from pipeline.errors import DataError
+from pipeline.stage import StageContext
 from pipeline.trainer_actor import (
     Reporter,
     deadline_s,

@@ -13,28 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.config import AnyStage, Recipe
+from pipeline.errors import DataError, InfrastructureError
 
 if TYPE_CHECKING:
     from pipeline.cluster import Cluster
 
 
 SCRATCH = ".resume"  # within a stage's folder
-
-
-class RecipeError(Exception):
-    """The recipe is wrong (exit 2): names the key, the value seen and what would be accepted."""
-
-
-class DataError(Exception):
-    """The data is wrong (exit 3): names the file and what it lacks."""
-
-
-class InfrastructureError(Exception):
-    """A process, actor, disk or network failed (exit 4): the same command may be run again."""
-
-
-class GateStopped(Exception):
-    """A health or release gate stopped the run (exit 5)."""
 
 
 @dataclass

@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from model.deadline import call_within
 from pipeline import own_class
 from pipeline.config import OnlineRlStage, Recipe
+from pipeline.errors import InfrastructureError, RecipeError
 from pipeline.recipe import PATH_KEYS, load, resolved_yaml
-from pipeline.stage import InfrastructureError, RecipeError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient

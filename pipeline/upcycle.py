@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import UpcycleStage
-from pipeline.stage import DataError, InfrastructureError, StageContext
+from pipeline.errors import DataError, InfrastructureError
+from pipeline.stage import StageContext
 from pipeline.trainer_actor import START_S, Reporter, train_in_actor
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import cli
-from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError
+from pipeline.errors import DataError, GateStopped, InfrastructureError, RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
 BROKEN = sorted((ROOT / "tests" / "broken_recipes").glob("*.yaml"))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError
+from pipeline.errors import DataError, GateStopped, InfrastructureError, RecipeError
 
 LOG_LINES = 15
 KEPT_ERRORS = (DataError, RecipeError, GateStopped)  # they keep their type on the way: each has its own exit code

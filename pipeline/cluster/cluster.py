@@ -14,7 +14,7 @@ from pipeline.cluster.actor import Actor, ActorHost
 from pipeline.cluster.ray_process import AttachedRay, PrivateRay, sweep
 from pipeline.cluster.resource_plan import plan_actors, thread_environment
 from pipeline.config import ClusterSettings
-from pipeline.stage import InfrastructureError
+from pipeline.errors import InfrastructureError
 from rl.types import EngineSettings
 
 STOP_S = 5.0

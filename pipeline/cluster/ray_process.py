@@ -25,7 +25,7 @@ from typing import Any
 from pipeline import watchdog
 from pipeline.cluster.resource_plan import ResourcePlan
 from pipeline.config import ClusterSettings
-from pipeline.stage import InfrastructureError
+from pipeline.errors import InfrastructureError
 from pipeline.stopping import put_handlers_back
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,7 @@ from pipeline import watchdog
 from pipeline.cluster import Cluster
 from pipeline.cluster.ray_process import memory_root, tag_prefix
 from pipeline.config import ClusterSettings
-from pipeline.stage import DataError, InfrastructureError
+from pipeline.errors import DataError, InfrastructureError
 from rl.types import EngineSettings, SampleRequest
 
 pytestmark = pytest.mark.timeout(300)

@@ -20,8 +20,8 @@ from pipeline.dpo import (
     read_rollouts,
     write_pairs,
 )
+from pipeline.errors import DataError, RecipeError
 from pipeline.mine_pairs import Pair
-from pipeline.stage import DataError, RecipeError
 from pipeline.trainer_actor import Reporter
 
 

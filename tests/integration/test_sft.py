@@ -9,8 +9,8 @@ from tiny_checkpoints import KINDS, config_of, load_plain, save_tiny
 
 from pipeline.config import RouterSettings, TrainSettings
 from pipeline.data import Example, write_examples
+from pipeline.errors import DataError
 from pipeline.sft import NOT_TRAINED, SftJob, SftTrainerActor, encode_examples, show_masked
-from pipeline.stage import DataError
 from rewards.task import Task
 
 

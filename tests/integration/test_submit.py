@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.ray_process import AUTH_TOKEN
-from pipeline.stage import InfrastructureError
+from pipeline.errors import InfrastructureError
 from pipeline.submit import job_client, run_job, submit, write_package
 
 HEAD_UP_S = 90.0

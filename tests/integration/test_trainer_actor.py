@@ -18,7 +18,8 @@ import pipeline.dpo
 import pipeline.sft
 from pipeline.config import DpoStage, SftStage
 from pipeline.data import write_examples
-from pipeline.stage import DataError, StageContext
+from pipeline.errors import DataError
+from pipeline.stage import StageContext
 from pipeline.trainer_actor import PROGRESS_FILE, train_in_actor
 
 

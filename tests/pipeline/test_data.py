@@ -23,7 +23,7 @@ from pipeline.data import (
     write_examples,
     write_jsonl,
 )
-from pipeline.stage import DataError, InfrastructureError
+from pipeline.errors import DataError, InfrastructureError
 from rewards.domains import worked_solution
 from rewards.task import Task, split_of
 

@@ -15,8 +15,9 @@ import pytest
 from model.tokenizer import build_tokenizer, decode_answer
 from pipeline import evaluate
 from pipeline.config import ClusterSettings, DatasetTasks, EvaluateStage
+from pipeline.errors import DataError, InfrastructureError
 from pipeline.evaluate import GradedAnswer, all_of, checkpoint_digest, estimates, request_seed, summarise
-from pipeline.stage import DataError, InfrastructureError, StageContext
+from pipeline.stage import StageContext
 from rewards.task import split_of
 from rl.types import SampledAnswer, SampleRequest
 

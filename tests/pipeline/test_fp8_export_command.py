@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from pipeline.errors import DataError, RecipeError
 from pipeline.fp8_export import export_checkpoint
-from pipeline.stage import DataError, RecipeError
 
 BASE = str(Path(__file__).resolve().parents[2] / "recipes" / "tiny_base")
 

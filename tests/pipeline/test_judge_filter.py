@@ -16,8 +16,9 @@ import pytest
 from judges.verdict import JudgeFailure, Verdict
 from pipeline.config import JudgeFilterStage, Recipe
 from pipeline.data import read_examples, write_jsonl
+from pipeline.errors import DataError, InfrastructureError
 from pipeline.judge_filter import agreement_with, label_ids, run, spread_over_scores
-from pipeline.stage import DataError, InfrastructureError, StageContext
+from pipeline.stage import StageContext
 from rewards.task import split_of
 from rl.types import EngineSettings, SampledAnswer, SampleRequest
 

@@ -9,9 +9,9 @@ from rich.console import Console
 
 from model.config import SMOLLM2_CONFIG
 from model.tensor_map import count_lora_parameters, kv_bytes_per_token
+from pipeline.errors import RecipeError
 from pipeline.plan import Memory, make_plan, online_arithmetic, render
 from pipeline.recipe import check
-from pipeline.stage import RecipeError
 
 
 def recipe_of(learners: int = 1, **climb: Any):

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from model.precision import Fp8Settings
 from pipeline.config import Recipe
+from pipeline.errors import RecipeError
 from pipeline.plan import make_plan, render
 from pipeline.recipe import check, evaluation_recipe, load, resolved_yaml
-from pipeline.stage import RecipeError
 from pipeline.trainer_actor import fp8_settings
 
 ROOT = Path(__file__).resolve().parents[2]

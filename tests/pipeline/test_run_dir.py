@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from disk_faults import Disk, Operation, supervise
 
+from pipeline.errors import InfrastructureError
 from pipeline.run_dir import COMPLETE, MANIFEST, Manifest, RunDir
-from pipeline.stage import SCRATCH, InfrastructureError
+from pipeline.stage import SCRATCH
 
 FILES = {"weights.bin": b"w" * 4096, "checkpoint/config.json": b"{}", "checkpoint/deep/tokens.txt": b"abc"}
 OPERATIONS = [(os, "rename"), (os, "fsync"), (os, "write"), (os, "open"), (shutil, "rmtree")]
@@ -184,7 +185,7 @@ def test_a_stage_may_not_leave_links_or_the_names_of_publication(tmp_path: Path)
 def test_second_process_is_refused_with_the_pid_of_the_first(tmp_path: Path) -> None:
     program = textwrap.dedent(f"""
         from pipeline.run_dir import RunDir
-        from pipeline.stage import InfrastructureError
+        from pipeline.errors import InfrastructureError
         try:
             with RunDir({str(tmp_path)!r}).locked():
                 print("entered")

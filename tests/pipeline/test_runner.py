@@ -18,9 +18,10 @@ from rich.console import Console
 from runner_world import ALL, World, make_recipe
 
 from pipeline.config import Recipe
+from pipeline.errors import DataError, GateStopped, InfrastructureError, RecipeError
 from pipeline.run_dir import RunDir
 from pipeline.runner import Doors, _most_engines, run, stage_seed, stage_states
-from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError, StageContext
+from pipeline.stage import StageContext
 from rewards.task import BadTask
 
 

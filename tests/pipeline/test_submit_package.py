@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.errors import InfrastructureError, RecipeError
 from pipeline.recipe import load, resolved_yaml
-from pipeline.stage import InfrastructureError, RecipeError
 from pipeline.submit import MAX_PACKAGE_BYTES, for_cluster, package_files, run_job, write_package
 
 

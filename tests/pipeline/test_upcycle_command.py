@@ -11,7 +11,7 @@ import model.upcycle
 from model.dense_llama import UpcycleRefused
 from model.upcycle import Upcycled
 from pipeline.config import UpcycleStage
-from pipeline.stage import DataError
+from pipeline.errors import DataError
 from pipeline.upcycle import UpcycleJob, Upcycler, upcycle_checkpoint
 
 WORDS: dict[str, Any] = dict(experts=8, every=2, seed=0, dtype=None, text=None)

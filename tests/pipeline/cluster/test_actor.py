@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster import Actor, ActorHost
-from pipeline.stage import DataError, GateStopped, InfrastructureError, RecipeError
+from pipeline.errors import DataError, GateStopped, InfrastructureError, RecipeError
 
 
 class Refused(ValueError):
