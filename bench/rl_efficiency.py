@@ -218,6 +218,32 @@ def collect(
     print(f"{out}: {len(known['runs'])} runs")
 
 
+@app.command()
+def temperatures(
+    folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
+    pool: Annotated[str, typer.Option(help=" | ".join(efficiency_pools.POOLS))] = "dead",
+    runs: Annotated[list[str], typer.Option(help="Their last checkpoints.")] = ["C/seed1"],  # noqa: B006
+    at: Annotated[list[float], typer.Option(help="Sampling temperature.")] = [1.0, 0.7, 0.4, 0.1],  # noqa: B006
+) -> None:
+    """Is it more than sharpening? The start and the ends of runs, sampled at lower temperatures too."""
+    policies = [efficiency_pools.starting_point(folder, pool)]
+    policies += [max((folder / pool / run / "checkpoints").iterdir()) for run in runs]
+    stages = [
+        {"name": f"at-{round(100 * temperature)}", "kind": "evaluate", "policies": [f"{path}/" for path in policies],
+         "k": [1, 8], "samples": 16, "engines": 2, "temperature": temperature,
+         "tasks": efficiency_pools.held_out(folder, pool)}
+        for temperature in at
+    ]  # fmt: skip
+    run_dir = pinned_run.run(
+        {"run": {"name": "temperatures", "seed": 1}, "stages": stages}, folder / pool / "temperatures"
+    )
+    print("temperature", *(f"{name}: pass@1, pass@8" for name in ("start", *runs)), sep=" | ")
+    for stage in stages:
+        results = json.loads((run_dir / stage["name"] / "results.json").read_text())["policies"]
+        scores = [efficiency_pools.values(result["pass_at_k"]) for result in results]
+        print(stage["temperature"], *(f"{one['1']:.3f}, {one['8']:.3f}" for one in scores), sep=" | ")
+
+
 def settings_of(place: Path) -> dict[str, Any]:
     """Of one run, as it was asked for."""
     path = place / "settings.json"
