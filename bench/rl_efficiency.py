@@ -229,7 +229,7 @@ def temperatures(
     policies = [efficiency_pools.starting_point(folder, pool)]
     policies += [max((folder / pool / run / "checkpoints").iterdir()) for run in runs]
     stages = [
-        {"name": f"at-{round(100 * temperature)}", "kind": "evaluate", "policies": [f"{path}/" for path in policies],
+        {"name": f"at_{round(100 * temperature)}", "kind": "evaluate", "policies": [f"{path}/" for path in policies],
          "k": [1, 8], "samples": 16, "engines": 2, "temperature": temperature,
          "tasks": efficiency_pools.held_out(folder, pool)}
         for temperature in at
