@@ -223,7 +223,8 @@ def export_fp8(
         str, typer.Option(help="How many numbers share a scale: tensor, row or block128. As it was trained.")
     ] = "row",
     all_layers: Annotated[
-        bool, typer.Option("--all-layers", help="The first and the last MoE layer as well, where outliers live.")
+        bool,
+        typer.Option("--all-layers", help="The first and the last layer of each part as well, where outliers live."),
     ] = False,
     layers: Annotated[
         list[int] | None,

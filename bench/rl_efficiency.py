@@ -3,6 +3,7 @@
     python bench/rl_efficiency.py run FOLDER [--pools dead --pools filtered] [--arms A --arms C] [--seeds 1]
     python bench/rl_efficiency.py collect FOLDER docs/rl_efficiency.json
     python bench/rl_efficiency.py table docs/rl_efficiency.json [--picture docs/rl_efficiency.svg]
+    python bench/rl_efficiency.py temperatures FOLDER --runs C/seed1
 
 `run` does what is not yet in FOLDER, one after the other, so it can be stopped and go on. `collect` adds its curves to
 a file, where those of other machines may be already, and `table` prints and draws that file (`efficiency_curves.py`).

@@ -16,6 +16,7 @@ import torch
 from model.kernels.quantise import FORMATS, SMALLEST_SCALE, Quantised
 from model.precision import Fp8Settings
 
+NOISE = 1e-5  # a row smaller than this share of the median row is rounding noise, and no signal
 SAMPLED_ROWS = 64  # evenly spaced, of each matrix: SNR to a tenth of a dB, at a cost that does not grow
 LARGEST = {layout.dtype: layout.largest for layout in FORMATS.values()}
 
@@ -65,8 +66,11 @@ class Fp8Gauges:
         sample, values, largest = stored.rows(rows), values_of(rows).float(), LARGEST[stored.q.dtype]
         kept = sample.dequantise()
         signal, noise = values.square().sum(-1), (kept - values).square().sum(-1)
-        filled, nonzero = signal != 0, values != 0
         scale = stored.scale.max()
+        # q's gradient at a document's first token is nought but for rounding: its softmax has one key. A row that holds
+        # no number counts, and is the worst.
+        noise_level = (NOISE**2 * torch.where(signal > 0, signal, torch.nan).nanmedian()).nan_to_num(0.0, posinf=0.0)
+        filled, nonzero = ~(signal <= noise_level), values != 0
         new = torch.stack(
             [
                 torch.where(scale == SMALLEST_SCALE, 0.0, scale * largest),
@@ -118,7 +122,7 @@ def worst_of(parts: Sequence[Mapping[str, TensorStats]]) -> dict[str, TensorStat
 class Fp8Watch:
     """Gives a layer back to BF16 when one of its tensors is stored too badly, and says so once.
 
-    It decides, the caller acts: that layer's experts get `precision = None`. On several ranks the caller shows every
+    It decides, the caller acts: that layer's modules get `precision = None`. On several ranks the caller shows every
     rank the worst of all, or the ranks would compute different models.
     """
 

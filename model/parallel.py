@@ -18,7 +18,7 @@ All ranks must make the same calls in the same order: as many forward and backwa
 Axes: T tokens of this rank, N tokens that arrive at it, D hidden size, F expert width, E experts, L of them owned by a
 rank, R ranks of the expert axis. Not measured on a GPU.
 
-All this holds for fp32. FP8 experts under several ranks differ from those of one process (by 3 to 8 % of a gradient in
+All this holds for fp32. FP8 products under several ranks differ from those of one process (by 3 to 8 % of a gradient in
 one check of a toy with `data` > 1), presumably since a scale is taken from the tokens that one rank holds.
 """
 

@@ -25,7 +25,7 @@ class Fp8Settings:
     # Gaussian data are stored at about 31 dB in e4m3 and 25 dB in e5m2. 20 dB is an error of a tenth of the signal.
     # Raise it to give layers back to BF16 sooner.
     min_snr_db: float = 20.0
-    keep_first_and_last: bool = True  # the first and the last MoE layer stay BF16, as in Meta's own FP8 checkpoints
+    keep_first_and_last: bool = True  # of each part of the scope; Meta's own FP8 checkpoints keep those MoE layers
     layers: tuple[int, ...] | None = None  # exactly these layers, whatever keep_first_and_last says
     scope: tuple[Scope, ...] = ("routed_experts",)  # most of the FLOPs; everything else stays high
 
@@ -35,3 +35,5 @@ class Fp8Settings:
         for key, word in asked:
             if word not in accepted[key]:
                 raise ValueError(f"fp8 {key} is {word!r}; accepted: {', '.join(accepted[key])}")
+        if not self.scope or len(set(self.scope)) < len(self.scope):
+            raise ValueError(f"fp8 scope is {list(self.scope)}; name at least one part, and each once")

@@ -224,8 +224,15 @@ class Fp8Section(Section):
     scope: list[Fp8Scope] = Field(
         list(Fp8Settings.scope), min_length=1,
         description="what runs in FP8: routed_experts, shared_expert, dense_mlp, attention_v_o, attention_q_k (whose "
-        "errors a softmax amplifies); router, head and norms never do",
+        "errors a softmax amplifies); router, head and norms never do. vLLM serves attention whole and by row only, by "
+        "tensor nothing but routed_experts",
     )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _each_part_once(self) -> Fp8Section:
+        if len(set(self.scope)) < len(self.scope):
+            raise ValueError(f"scope: {', '.join(self.scope)}; name each part once")
+        return self
 
     def settings(self) -> Fp8Settings:
         layers = None if self.layers is None else tuple(self.layers)

@@ -156,7 +156,7 @@ def sft_trainer(
     model: Any, tokenizer: Any, rows: list[dict[str, list[int]]], job: SftJob, reporter: Reporter, scratch: str
 ) -> Any:
     """TRL's trainer on ready token ids: it adds nothing, cuts nothing and computes the loss over `labels`. The routers
-    follow `job.router`, their losses taken over all micro-batches of a step; the experts' products `job.fp8`."""
+    follow `job.router`, their losses taken over all micro-batches of a step; products `job.fp8`."""
     from trl import SFTConfig, SFTTrainer
     from trl.trainer.utils import FusedCausalLMOutput
 

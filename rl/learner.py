@@ -70,7 +70,7 @@ class LearnerSettings:
     updates: int = 1  # of the optimiser, on each step's batch
     longest_answer: int  # tokens
     seed: int
-    fp8: Fp8Settings | None = None  # of the routed experts' products
+    fp8: Fp8Settings | None = None
     rank: int = 0
     world_size: int = 1
     expert_parallel: int = 1  # learners that each layer's experts are spread over; divides world_size

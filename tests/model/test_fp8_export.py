@@ -168,8 +168,12 @@ def test_refusals_name_what_was_seen(tmp_path, checkpoint):
     source, _ = checkpoint
     config = json.loads((source / "config.json").read_text())
     for changes, recipe, message in (
-        ({"model_type": "llama"}, "row", "model_type is 'llama'"),
-        ({"moe_layers": [1, 3]}, "row", r"nothing of .* is left for FP8; the MoE layers are \[1, 3\]"),
+        ({"model_type": "llama"}, "row", "source: scope: a llama has no FP8 products"),
+        (
+            {"moe_layers": [1, 3]},
+            "row",
+            r"source: keep_first_and_last: true leaves no routed_experts .* \[1, 3\]: name",
+        ),
         ({"intermediate_size": 192}, "block128", r"do not fit \S+experts.gate_up_proj of 128 × 192"),
     ):
         (source / "config.json").write_text(json.dumps(config | changes))

@@ -29,9 +29,9 @@ def test_of_each_part_its_own_first_and_last_layer_stay_high():
     assert chosen(scope=("dense_mlp", "attention_v_o")) == {
         1: ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
         2: [
+            *(f"feed_forward.{part}_proj.weight" for part in ("gate", "up", "down")),
             "self_attn.v_proj.weight",
             "self_attn.o_proj.weight",
-            *(f"feed_forward.{part}_proj.weight" for part in ("gate", "up", "down")),
         ],
         3: ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
         4: ["self_attn.v_proj.weight", "self_attn.o_proj.weight"],
@@ -56,6 +56,33 @@ def test_a_named_layer_must_have_something_of_the_scope():
     )
     with pytest.raises(ValueError, match=told):
         chosen(layers=(3, 4), scope=shared)
-    assert chosen(layers=(4,), scope=(*shared, "dense_mlp")).keys() == {4}
-    two = tiny(TinyShape(num_layers=4))
-    assert fp8_parameters(two, Fp8Settings()) == [], "its two MoE layers are the first and the last"
+    assert chosen(layers=(3, 4), scope=(*shared, "dense_mlp")).keys() == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("layers", "settings", "told"),
+    [
+        (
+            4,
+            {},
+            r"keep_first_and_last: true leaves no routed_experts for FP8; this model has it in the layers \[1, 3\]: n",
+        ),
+        (4, {"scope": ("routed_experts", "attention_v_o")}, "keep_first_and_last: true leaves no routed_experts"),
+        (
+            6,
+            {"layers": (2,), "scope": ("dense_mlp", "shared_expert")},
+            r"layers: \[2\] leaves no shared_expert .* or leave",
+        ),
+    ],
+)
+def test_a_word_that_would_mean_nothing_is_refused(layers, settings, told):
+    with pytest.raises(ValueError, match=told):
+        fp8_parameters(tiny(TinyShape(num_layers=layers)), Fp8Settings(**settings))
+
+
+def test_a_model_without_such_a_part_is_told_what_it_has():
+    all_moe = CONFIG | {"interleave_moe_layer_step": 1, "moe_layers": list(range(6))}
+    with pytest.raises(ValueError, match="^scope: this model has no dense_mlp; it has attention_q_k, attention_v_o, "):
+        fp8_parameters(all_moe, Fp8Settings(scope=("routed_experts", "dense_mlp"), keep_first_and_last=False))
+    with pytest.raises(ValueError, match="^scope: a llama has no FP8 products"):
+        fp8_parameters({"model_type": "llama"}, Fp8Settings())

@@ -49,5 +49,22 @@ def test_what_cannot_be_is_refused_with_what_can(tmp_path: Path) -> None:
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=True, layers=[3])
     with pytest.raises(DataError, match=r"layers: \[2\], but \[2\] have nothing .* have are \[1, 3\]: name some"):
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=False, layers=[2])
-    with pytest.raises(DataError):  # its two MoE layers are the first and the last
+    with pytest.raises(DataError, match="keep_first_and_last: true leaves no routed_experts"):
         export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=False)
+    with pytest.raises(DataError, match="scope attention_v_o alone can be trained, not served"):
+        export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=True, scope=["attention_v_o"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_more_than_experts_may_be_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_checkpoint(BASE, str(tmp_path / "out"), recipe="row", all_layers=True, scope=["shared_expert", "dense_mlp"])
+    fp8 = set()
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            fp8 |= {name for name in file.keys() if file.get_slice(name).get_dtype() == "F8_E4M3"}
+    parts = [f"{part}_proj.weight" for part in ("gate", "up", "down")]
+    dense = {f"model.layers.{layer}.feed_forward.{part}" for layer in (0, 2) for part in parts}
+    assert fp8 == dense | {
+        f"model.layers.{layer}.feed_forward.shared_expert.{part}" for layer in (1, 3) for part in parts
+    }
+    assert "shared_expert, dense_mlp in FP8 (row)" in capsys.readouterr().out

@@ -437,8 +437,8 @@ def test_any_other_causal_lm_steps_publishes_and_saves(checkpoint, tmp_path, fam
     "changes",
     [
         {},
-        {"fp8": FP8},
-        {"fp8": dataclasses.replace(FP8, min_snr_db=100.0)},
+        {"fp8": FP8_ALL},
+        {"fp8": dataclasses.replace(FP8_ALL, min_snr_db=100.0)},
         {"optimizer": "muon", "rate_scales": {"head": 2.0}},
     ],
     ids=["plain", "fp8", "fp8 that fell back", "muon"],

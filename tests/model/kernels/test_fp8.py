@@ -312,6 +312,8 @@ def test_settings():
         Fp8Settings(gradients="e3m4")
     with pytest.raises(ValueError, match="scope is 'router'; accepted: routed_experts, shared_expert, dense_mlp, att"):
         Fp8Settings(scope=("routed_experts", "router"))
+    with pytest.raises(ValueError, match="name at least one part, and each once"):
+        Fp8Settings(scope=("attention_v_o", "attention_v_o"))
 
 
 def test_settings_need_no_torch_and_products_on_a_cpu_no_triton(repo_root):
