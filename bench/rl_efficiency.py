@@ -58,12 +58,13 @@ FULL: dict[str, Any] = {
     "optimizer": "muon",
     "rate_scales": {"head": 8.0},
     "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
-                   "gate": "speed", "screen": 4, "rare_answers": 0},
+                   "gate": "speed", "screen": 4, "rare_answers": 0, "max_resamples": 0},
 }  # fmt: skip
 LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
     "posteriors": {"curriculum": {"sampler": "uniform", "gate": "none", "domain_floor": 0.0}},
     "screening": {"curriculum": {"gate": "none"}},
+    "empty_slots": {"curriculum": {"max_resamples": 3}},  # other tasks take the place of what is screened out
     "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
     "second_update": {"updates_per_step": 1},
