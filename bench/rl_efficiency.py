@@ -47,18 +47,12 @@ SHARED = {
 }
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0, "domain_turns": "by_size"}
+# What `our_run` sets itself, or what belongs to the recipe's own run.
+OF_THE_RUN = ("name", "kind", "policy", "tasks", "steps", "max_answer_tokens")
+RECIPE = yaml.safe_load((pinned_run.ROOT / "recipes" / "few_tokens.yaml").read_text())
 FULL: dict[str, Any] = {
-    "groups_per_step": 4,
-    "group_size": 8,
-    "learning_rate": 2.5e-4,
-    "max_staleness": 0,
-    "updates_per_step": 2,
-    "warmup_steps": 3,
-    "last_rate_share": 0.2,
-    "optimizer": "muon",
-    "rate_scales": {"head": 8.0},
-    "curriculum": {"sampler": "thompson", "band": [0.25, 0.75], "explore_share": 0.05, "decay": 0.98,
-                   "gate": "speed", "screen": 4, "rare_answers": 0, "max_resamples": 0},
+    key: value for stage in RECIPE["stages"] if stage["name"] == "climb" for key, value in stage.items()
+    if key not in OF_THE_RUN
 }  # fmt: skip
 LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
