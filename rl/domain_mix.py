@@ -3,8 +3,9 @@
 Turns are smooth weighted round robin, so the domains of a batch are interleaved whatever their weights. They come alike
 or as often as the domains are large, times a weight for the sake of the floor. That is 1 as long as every domain gets
 its floor: a share of *trained tokens*, counted after groups without signal have fallen away. A domain below it gains
-weight step by step, up to MOST times the others', and loses it again when it is above: one that gives no trained token
-at all takes no more than that.
+weight step by step, up to MOST times the others', and loses it again when it is above. One that has given no trained
+token for as long as is remembered has its plain turn: more of nothing is nothing, and where half of the domains are
+hopeless, four times their turns would leave the others a fifth.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 MOST = 4.0  # weight of a domain whose floor cannot be reached: it leaves the others most of their slots
 MEMORY = 0.8  # of the trained tokens, per step
 GAIN = 0.5  # of the step towards the floor, in the exponent: news are some steps old, a full step would overshoot
+FASTEST = 1.5  # change of a weight in one step: the share of a step of few groups says little
 
 
 class DomainMix:
@@ -51,7 +53,8 @@ class DomainMix:
             return
         for domain in self.domains:
             share = self.tokens[domain] / total
-            wanted = self.weights[domain] * (self.floor / share) ** GAIN if share else MOST if self.floor else 1.0
+            change = (self.floor / share) ** GAIN if self.tokens[domain] >= 1.0 else 0.0
+            wanted = self.weights[domain] * min(FASTEST, max(1.0 / FASTEST, change))
             self.weights[domain] = min(MOST, max(1.0, wanted))
 
     def shares(self) -> dict[str, float]:

@@ -52,10 +52,26 @@ def test_a_domain_below_its_floor_gets_more_slots_until_it_has_it():
     assert with_floor["dialogue"] == pytest.approx(0.12, abs=0.015) and slots["dialogue"] < 0.5
 
 
-def test_a_domain_that_teaches_nothing_does_not_swallow_the_batch():
-    _, slots = train(DomainMix(DOMAINS, 0.2), {"maths": 50, "code": 50, "reasoning": 50, "dialogue": 0}, 40)
+def test_a_domain_that_teaches_hardly_anything_does_not_swallow_the_batch():
+    _, slots = train(DomainMix(DOMAINS, 0.2), {"maths": 50, "code": 50, "reasoning": 50, "dialogue": 1}, 40)
     assert slots["dialogue"] == pytest.approx(MOST / (MOST + 3), abs=0.02)
     assert min(slots.values()) > 0.1
+
+
+def test_domains_that_teach_nothing_have_their_turn_and_no_more():
+    _, slots = train(DomainMix(DOMAINS, 0.1), {"maths": 50, "code": 50, "reasoning": 0, "dialogue": 0}, 40)
+    assert slots == pytest.approx(dict.fromkeys(DOMAINS, 0.25))
+    mix = DomainMix(DOMAINS, 0.1)
+    train(mix, {"maths": 100, "code": 100, "reasoning": 100, "dialogue": 1}, 20)
+    assert mix.weights["dialogue"] == MOST
+    train(mix, {"maths": 100, "code": 100, "reasoning": 100, "dialogue": 0}, 40)
+    assert mix.weights["dialogue"] == 1.0, "it has run dry"
+
+
+def test_one_lucky_step_moves_no_weight_far():
+    mix = DomainMix(DOMAINS, 0.1)
+    mix.learn({"maths": 5000, "code": 5000, "reasoning": 5000, "dialogue": 2})
+    assert mix.weights["dialogue"] == pytest.approx(1.5) and mix.weights["maths"] == 1.0
 
 
 def test_weight_is_lost_again_when_the_floor_is_passed():
