@@ -20,7 +20,7 @@ from typing import Any
 from model.deadline import HUB_DEADLINE_S, call_within
 from pipeline.config import DatasetTasks, ExampleMix, GeneratedTasks, TaskSource
 from pipeline.errors import DataError, InfrastructureError
-from rewards.task import Task, split_of
+from rewards.task import UNKNOWN_LEVEL, Task, split_of
 
 Record = dict[str, Any]
 
@@ -165,7 +165,7 @@ def _prompt_answer(row: Record, prompt: str, answer: str, task_id: str, where: s
 
 
 def _task(task_id: str, domain: str, prompt: str, verifier: Any, check: Record) -> Task:
-    return Task(task_id=task_id, domain=domain, level=0, prompt=prompt, verifier=verifier, check=check)
+    return Task(task_id=task_id, domain=domain, level=UNKNOWN_LEVEL, prompt=prompt, verifier=verifier, check=check)
 
 
 # --- reading data sets --------------------------------------------------------------------------------------------

@@ -72,9 +72,7 @@ def wrap(parents: Sequence[Task], rng: random.Random) -> Task | None:
     # The old tests, of a candidate that insists on the list and hands on what is inside.
     test = f"""{parent.check["test"]}
 
-_check_value = check
-
-def check(candidate):
+def check(candidate, _check_value=check):
     def value(*args, **kwargs):
         held = candidate(*args, **kwargs)
         assert isinstance(held, list) and len(held) == 1, "a list of one value was asked for"

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 Split = Literal["train", "held_out"]
 Verifier = Literal["number", "text", "code", "humaneval", "form"]
+UNKNOWN_LEVEL = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,7 +25,7 @@ class Task:
 
     task_id: str
     domain: str
-    level: int  # 1 (easiest) to 10; 0 where a data set states none
+    level: int  # 1 (easiest) to 10; UNKNOWN_LEVEL where a data set states none
     prompt: str  # what the user turn says
     verifier: Verifier  # which checker in `rewards` reads `check`
     check: dict[str, Any] = field(default_factory=dict)  # JSON: the answer, hidden tests or constraints

@@ -44,6 +44,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rewards.task import UNKNOWN_LEVEL
+
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.int64]
 
@@ -83,13 +85,17 @@ class Entries:
 
     def _easier(self) -> Ids:
         """Of each cell, the one a level below, or -1."""
-        cell_ids = {cell: i for i, cell in enumerate(self.cells)}
+        cell_ids = {cell: i for i, cell in enumerate(self.cells) if cell[1] != UNKNOWN_LEVEL}
         return np.array([cell_ids.get((domain, level - 1), -1) for domain, level in self.cells])
 
     def _ladders(self) -> list[Ids]:
-        """Of each domain with several levels, its cells from the easiest level to the hardest."""
+        """Of each domain with several levels, its cells from the easiest level to the hardest; what has none is of
+        any difficulty."""
         ladders = [
-            sorted((i for i, (of, _) in enumerate(self.cells) if of == domain), key=lambda i: self.cells[i][1])
+            sorted(
+                (i for i, (of, level) in enumerate(self.cells) if of == domain and level != UNKNOWN_LEVEL),
+                key=lambda i: self.cells[i][1],
+            )
             for domain in self.domains
         ]
         return [np.array(ladder) for ladder in ladders if len(ladder) > 1]

@@ -2,10 +2,10 @@
 what they teach. No torch, ray or vllm.
 
     every few steps   a *source* is drawn for each new prompt, those whose prompts carried signal more often (Thompson)
-      generators      the domain's own, at the level whose pass rate lies nearest the middle of the band
+      generators      of the domains whose own tasks the pool holds, at the level nearest the middle of the band
       mutations       `rewards/mutations.py` of prompts that the policy mostly solves: a verifier knows the new answer
     a prompt is refused that is in the pool, or near one that is held out, that does not fit, or for which the pool has
-    no room: synthetic prompts are at most a given share of it
+    no room: synthetic prompts that are not retired are at most a given share of it
     admitted, it is new to the curriculum like any other, which finds out how hard it is, retires it or parks it
 
 Deterministic: what is made at a version depends on the seed and on what was learnt until then.
@@ -22,10 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from rewards.domains import DOMAINS, LEVELS, generate
+from rewards.domains import LEVELS, generate, is_generated
 from rewards.mutations import MUTATIONS, PARENTS
-from rewards.task import Task, split_of
-from rl.difficulty import Difficulty
+from rewards.task import UNKNOWN_LEVEL, Task, split_of
+from rl.difficulty import RETIRED, Difficulty
 from rl.gates import Outcome
 
 GENERATORS = "generators"
@@ -38,7 +38,7 @@ DRAWS = 8  # for one prompt, before it is given up
 class RenewalRules:
     every: int  # steps
     prompts: int  # at a time
-    share: float  # of the pool that may be synthetic
+    share: float  # of the pool that may be synthetic and not retired
     sources: tuple[str, ...]
     band: tuple[float, float]
 
@@ -88,7 +88,7 @@ class Renewal:
     ) -> None:  # fmt: skip
         """`tasks`: the pool, entry → task; new ones are put into it. `fits`: whether a prompt leaves room to answer."""
         self.rules, self.tasks, self.fits, self.seed = rules, tasks, fits, seed
-        self.room = int(rules.share / (1.0 - rules.share) * len(tasks))  # for synthetic prompts
+        self.room = int(rules.share / (1.0 - rules.share) * len(tasks))  # for synthetic prompts that are not retired
         self.overlap = Overlap((task.prompt for task in tasks.values()), held_out)
         self.made: dict[str, NewTask] = {}
         self.groups: Counter[str] = Counter()  # source → sampled of its prompts
@@ -101,13 +101,18 @@ class Renewal:
             return []
         rng = random.Random(f"{self.seed}/renewal/{version}")
         frontier = Frontier(difficulty, self.rules.band, self.tasks)
+        retired = sum(difficulty.state[difficulty.entries.id_of[name]] == RETIRED for name in self.made)
         found = []
-        for _ in range(min(self.rules.prompts, self.room - len(self.made))):
-            source = max(self.rules.sources, key=lambda name: self._promise(name, rng))
-            new = self._make(source, frontier, version, rng)
-            if new is not None:
-                self._admit(new)
-                found.append(new)
+        for _ in range(min(self.rules.prompts, self.room - len(self.made) + retired)):
+            promise = {source: self._promise(source, rng) for source in self.rules.sources}
+            # One that cannot make any of what the pool holds learns nothing of itself: the next one is asked.
+            best_first = sorted(promise, key=lambda source: -promise[source])
+            made = (self._make(source, frontier, version, rng) for source in best_first)
+            new = next((one for one in made if one is not None), None)
+            if new is None:
+                break
+            self._admit(new)
+            found.append(new)
         return found
 
     def _promise(self, source: str, rng: random.Random) -> float:
@@ -168,6 +173,7 @@ class Frontier:
 
     def __init__(self, difficulty: Difficulty, band: tuple[float, float], tasks: Mapping[str, Task]) -> None:
         self.tasks, self.middle = tasks, sum(band) / 2
+        self.generated_domains = sorted({task.domain for task in tasks.values() if is_generated(task)})
         self.entries = difficulty.entries
         (tried,) = np.nonzero(difficulty.tried)
         mean = difficulty.mean(tried)
@@ -183,7 +189,7 @@ class Frontier:
     def level(self, domain: str) -> int:
         """The level whose pass rate is nearest the middle of the band; one more than the hardest that was tried where
         even that is solved. The easiest where nothing is known."""
-        known = {level: rate for (of, level), rate in self.rate.items() if of == domain}
+        known = {level: rate for (of, level), rate in self.rate.items() if of == domain and level != UNKNOWN_LEVEL}
         if not known:
             return LEVELS[0]
         hardest = max(known)
@@ -192,10 +198,9 @@ class Frontier:
         return min(known, key=lambda level: (abs(known[level] - self.middle), level))
 
     def generated(self, rng: random.Random) -> tuple[Task | None, tuple[str, ...]]:
-        domains = [domain for domain in self.entries.domains if domain in DOMAINS]
-        if not domains:
+        if not self.generated_domains:
             return None, ()
-        domain = rng.choice(domains)
+        domain = rng.choice(self.generated_domains)
         return generate(domain, self.level(domain), rng.randrange(2**40), "train"), ()
 
     def mutated(self, mutation: str, rng: random.Random) -> tuple[Task | None, tuple[str, ...]]:

@@ -40,9 +40,18 @@ def generate(domain: str, level: int, seed: int, split: Split) -> Task:
     for _ in range(MAX_DRAWS):
         prompt, verifier, check = DOMAINS[domain].draw(level, rng)
         if split_of(prompt) == split:
-            task_id = f"{domain}/{level}/{split}/{seed}"
+            task_id = f"{_prefix(domain, level)}{split}/{seed}"
             return Task(task_id=task_id, domain=domain, level=level, prompt=prompt, verifier=verifier, check=check)
     raise RuntimeError(f"{domain} level {level}: no {split} prompt in {MAX_DRAWS} draws; widen the domain's draw()")
+
+
+def is_generated(task: Task) -> bool:
+    """Whether `generate` made it, and its level is one of ours."""
+    return task.domain in DOMAINS and task.task_id.startswith(_prefix(task.domain, task.level))
+
+
+def _prefix(domain: str, level: int) -> str:
+    return f"{domain}/{level}/"
 
 
 def worked_solution(task: Task, style: Style, rng: random.Random) -> str:

@@ -76,6 +76,16 @@ def test_a_wrapped_humaneval_task_asks_for_the_list_and_still_tests_the_value(sa
         assert grade(task, f"```python\ndef inc(x):\n    return {body}\n```", sandbox).value == value, body
 
 
+def test_a_task_that_was_wrapped_twice_asks_for_a_list_in_a_list(sandbox) -> None:
+    tests = "def check(candidate):\n    assert candidate(1) == 2\n"
+    check = {"prompt": "def inc(x):\n    'One more.'\n", "entry_point": "inc", "test": tests}
+    task = Task(task_id="h0", domain="code", level=0, prompt="Add one.", verifier="humaneval", check=check)
+    for _ in range(2):
+        task = wrap([task], random.Random(0))
+    for body, value in (("[[x + 1]]", 1.0), ("[x + 1]", 0.0), ("[[x]]", 0.0)):
+        assert grade(task, f"```python\ndef inc(x):\n    return {body}\n```", sandbox).value == value, body
+
+
 def test_what_does_not_apply_is_none() -> None:
     text = Task(task_id="t", domain="reasoning", level=1, prompt="?", verifier="text", check={"answer": "x"})
     for mutation in (go_on, extend, wrap):

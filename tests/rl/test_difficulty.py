@@ -140,6 +140,18 @@ def test_a_level_bounds_those_above_it_from_above_and_those_below_it_from_below(
     assert mirrored[0][0] == pytest.approx(beta[2]) and mirrored[1][0] == pytest.approx(alpha[2])
 
 
+def test_prompts_without_a_level_stand_beside_the_ladder_not_below_it():
+    """A data set that states none, with easy made-up tasks of the same domain in its pool."""
+    cells = {"word problem": ("maths", 0), "maths/1": ("maths", 1), "maths/2": ("maths", 2)}
+    one = difficulty(cells, decay=1.0, ordered_levels=True)
+    one.learn(0, [seen("maths/1", 10, 10)])
+    assert posterior(one, "word problem") == (1.0, 1.0)
+    one.learn(0, [seen("word problem", 0, 40)])
+    assert posterior(one, "maths/2") == (1.0, 1.0), "word problems say nothing of it"
+    assert [[one.entries.names[i] for i in ladder] for ladder in one.entries.ladders] == [["maths/1", "maths/2"]]
+    assert list(one.entries.easier) == [-1, -1, 1]
+
+
 def test_levels_together_say_more_than_each_and_never_more_than_so_many_answers():
     one, many = ladder((0, 4), (0, 0)).level_prior(), ladder((0, 4), (0, 4), (0, 4), (0, 0)).level_prior()
     assert many[1][3] > one[1][1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,6 +72,38 @@ def test_synthetic_prompts_are_at_most_their_share() -> None:
         chooser.learn(version, [outcome(f"n{i}", 16, version - 1) for i in range(6)], [])
     made = len(chooser.renewal.made)
     assert made == 10 and made / (30 + made) == 0.25
+
+
+def test_retired_prompts_make_room_for_others() -> None:
+    """A pool that the policy outgrows goes on growing."""
+    chooser = of(renewal([number(i) for i in range(30)], share=0.25, prompts=10))
+    chooser.learn(1, [outcome(f"n{i}", 16) for i in range(6)], [])
+    first = [new.task.task_id for new in chooser.renewed]
+    assert len(first) == 10
+    chooser.learn(2, [outcome(name, 16, 1) for name in first[:4]], [])
+    assert chooser.difficulty.counts()["retired"] == 6 + 4 and len(chooser.renewed) == 4
+    chooser.learn(3, [outcome(name, 8, 2) for name in first[4:]], [])
+    assert chooser.renewed == []
+
+
+def test_sources_that_cannot_make_anything_of_a_pool_do_not_stand_in_the_way() -> None:
+    """Nothing is ever learnt of them, so their promise stays as high as that of what was never tried."""
+    source = renewal([number(i) for i in range(60)], sources=("wrap", "extend", "generators", "go_on"))
+    chooser = of(source)
+    for version in range(1, 5):
+        poor = [outcome(new.task.task_id, 0, version - 1) for new in chooser.renewed]  # go_on, without signal
+        chooser.learn(version, [*(outcome(f"n{i}", 16, version - 1) for i in range(20)), *poor], [])
+        assert [new.source for new in chooser.renewed] == ["go_on"] * 4
+
+
+def test_generators_keep_out_of_pools_that_are_not_theirs() -> None:
+    """Of the domain maths too: GSM8K has no use for "Compute 15."."""
+    foreign = [replace(number(i), domain="maths", level=0) for i in range(40)]
+    chooser = taught(foreign, {f"n{i}": 16 for i in range(20)}, sources=("generators",))
+    assert chooser.renewed == []
+    ours = [generate("maths", 2, seed, "train") for seed in range(5)]
+    mixed = taught([*foreign, *ours], {ours[0].task_id: 16, "n3": 8}, sources=("generators",))
+    assert {(new.task.domain, new.task.level) for new in mixed.renewed} == {("maths", 3)}, "word problems have no level"
 
 
 def test_only_every_so_many_versions() -> None:
