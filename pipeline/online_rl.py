@@ -75,6 +75,7 @@ def run(context: StageContext) -> dict[str, Any]:
         context.emit("note", text=f"{pool.num_too_long} prompts are longer than {room} tokens and are left out")
     if not pool.cells:
         raise DataError(f"stages.{stage.name}.tasks: no task fits; lower max_answer_tokens or give other tasks")
+    curriculum = curriculum_of(stage, pool, context, fits)
     learners: list[Actor] = []
     try:
         asked, shared = context.recipe.cluster, cluster.shared_dir
@@ -95,7 +96,6 @@ def run(context: StageContext) -> dict[str, Any]:
             newest = states.newest()
             log = StepLog(context, stage.steps, pool.num_too_long, after=newest[0].protocol.version if newest else 0)
             states.before_publish = log.sync
-            curriculum = curriculum_of(stage, pool, context, fits)
             learner = RemoteLearner(learners, stage.deadline_s)
             loop = AsyncLoop(
                 loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, checkpoints, context.seed),

@@ -5,6 +5,7 @@ Called by `pipeline/online_rl.py`.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from pipeline import own_class
 from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks
+from pipeline.errors import DataError
 from pipeline.stage import StageContext
 from rewards.task import Task
 from rl.band import reachable_band
@@ -67,6 +69,12 @@ def curriculum_of(
     stage: OnlineRlStage, pool: Pool, context: StageContext, fits: Callable[[Task], bool]
 ) -> Curriculum:  # fmt: skip
     rules, settings = curriculum_rules(stage), stage.curriculum
+    domains = len({domain for domain, _ in pool.cells.values()})
+    if settings.domain_floor * domains > 1.0:  # of generated tasks `validate` knows it
+        raise DataError(
+            f"stages.{stage.name}.curriculum.domain_floor: {settings.domain_floor} for each of the data set's "
+            f"{domains} domains is more than there is; write at most {math.floor(1000 / domains) / 1000:g}"
+        )
     judged = judged_rates(pool, context.inputs[settings.judge] / "verdicts.parquet") if settings.judge else None
     entries = Entries(pool.cells, endless=pool.endless, judged=judged)
     sampler = SAMPLERS.get(settings.sampler) or own_class.load(settings.sampler)
@@ -83,10 +91,13 @@ def curriculum_of(
 
 
 def held_out_prompts(context: StageContext) -> Iterator[str]:
-    """Of every set that this recipe evaluates on."""
+    """Of every set that this recipe evaluates on, all of it, however few of its tasks an evaluation takes."""
     for stage in context.recipe.stages:
         if isinstance(stage, EvaluateStage):
-            yield from (task.prompt for task in load_tasks(stage.tasks, context.seed))
+            whole = stage.tasks
+            if isinstance(whole, DatasetTasks):
+                whole = whole.model_copy(update={"limit": None})
+            yield from (task.prompt for task in load_tasks(whole, context.seed))
 
 
 def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:

@@ -231,7 +231,8 @@ class Curriculum:
         seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in alone]
         changes = self.difficulty.learn(version, seen_now)
         if self.rules.prefix_share:
-            right = {one.choice.entry: one.right for one in outcomes if one.right}
+            shortest_last = sorted((one for one in outcomes if one.right), key=lambda one: -len(one.right))
+            right = {one.choice.entry: one.right for one in shortest_last}
             self.prefixes.learn(version, right, self.difficulty)
         if self.renewal is not None:
             self.renewal.learn(outcomes)

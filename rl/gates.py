@@ -135,7 +135,7 @@ class Speed(Dapo):
 
     def learn(self, outcomes: Sequence[Outcome]) -> None:
         super().learn(outcomes)
-        self.seen["screened out"] += sum(outcome.total < outcome.choice.size for outcome in outcomes)
+        self.seen["screened out"] += sum(outcome.answers < outcome.choice.size for outcome in outcomes)
 
     def metrics(self) -> dict[str, float]:
         groups = self.seen["kept"] + self.seen["replaced"]

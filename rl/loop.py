@@ -292,7 +292,7 @@ class AsyncLoop:
         self.timings.generated_tokens += tokens
         rollouts = await self._graded(f"{slot}.{turn}" if turn else f"{slot}", task, prefix, answers)
         part = Part(task=task, prompt_ids=prompt_ids, rollouts=rollouts, leased_at=leased_at)
-        if all(rollout.score is None for rollout in rollouts):
+        if all(rollout.score is None for rollout in (*before, *rollouts)):
             self.on_lost(part.group())  # what is dropped can still be read on disk
             return protocol.GroupLost(slot, lease.attempt, f"ungraded: {rollouts[0].reason}")
         verdict = self.curriculum.verdict(choice, [self._shaped(rollout) for rollout in (*before, *rollouts)])

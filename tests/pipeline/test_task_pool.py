@@ -8,10 +8,13 @@ from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from stages import asked, fits, stage
 
-from pipeline.config import DatasetTasks, GeneratedTasks
-from pipeline.task_pool import Pool, curriculum_of, curriculum_rules, judged_rates, task_pool
+from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks
+from pipeline.errors import DataError
+from pipeline.task_pool import Pool, curriculum_of, curriculum_rules, held_out_prompts, judged_rates, task_pool
+from rewards.task import split_of
 
 
 def test_generated_tasks_of_every_slot_and_turn_are_their_own() -> None:
@@ -31,6 +34,24 @@ def test_prompts_of_a_data_set_are_entries_of_one_cell(tmp_path: Path) -> None:
     assert not pool.endless and set(pool.cells.values()) == {("reasoning", 0)} and pool.num_too_long in (0, 1)
     name = next(iter(pool.cells))
     assert pool.task_of(name, 0, 0) is pool.task_of(name, 9, 2) and pool.tasks[name].prompt.startswith("what is")
+
+
+def test_floors_of_more_domains_than_there_is_room_for_are_refused_by_name() -> None:
+    pool = Pool(cells={f"p{i}": (f"domain {i}", 1) for i in range(11)}, task_of=lambda *_: None)
+    context = SimpleNamespace(inputs={}, seed=1)
+    with pytest.raises(DataError, match=r"climb\.curriculum\.domain_floor: 0\.1 for each .* 11 domains .* 0\.09$"):
+        curriculum_of(stage(), pool, context, fits)
+    assert curriculum_of(stage(domain_floor=0.09), pool, context, fits).mix.floor == 0.09
+
+
+def test_prompts_near_any_held_out_one_are_kept_out_however_few_are_evaluated(tmp_path: Path) -> None:
+    rows = [{"prompt": f"what is {i}?", "answer": str(i)} for i in range(40)]
+    (tmp_path / "some.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = DatasetTasks(dataset=str(tmp_path / "some.jsonl"), format="prompt_answer", split="held_out", limit=1)
+    score = EvaluateStage(name="score", kind="evaluate", policies=["climb"], tasks=tasks)
+    context = SimpleNamespace(recipe=SimpleNamespace(stages=[stage(), score]), seed=1)
+    expected = {row["prompt"] for row in rows if split_of(row["prompt"]) == "held_out"}
+    assert set(held_out_prompts(context)) == expected and len(expected) > 1
 
 
 def test_a_judges_scores_become_pass_rates(tmp_path: Path) -> None:

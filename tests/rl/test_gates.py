@@ -9,9 +9,9 @@ RARE = Choice(entry="b", size=8, known=1.0, expected=0.5)
 WRONG, RIGHT = [0.0] * 4, [1.0] * 4
 
 
-def outcome(kept, total=8, size=8):
+def outcome(kept, total=8, size=8, answers=None):
     choice = Choice(entry="a", size=size, known=0.0, expected=0.5)
-    return Outcome(slot=0, turn=0, choice=choice, passes=0, total=total, version=0, answers=total, tokens=9,
+    return Outcome(slot=0, turn=0, choice=choice, passes=0, total=total, version=0, answers=answers or total, tokens=9,
                    trained_tokens=0, kept=kept)  # fmt: skip
 
 
@@ -54,7 +54,7 @@ def test_a_group_no_larger_than_the_screen_is_whole_at_once():
 
 def test_gates_count_what_became_of_the_groups():
     gate = Speed(screen=4, rare_answers=4.0)
-    gate.learn([outcome(True), outcome(False, total=4), outcome(False), outcome(True)])
+    gate.learn([outcome(True), outcome(False, total=4), outcome(False, total=7, answers=8), outcome(True)])
     assert gate.metrics() == {"kept_share": 0.5, "screened_out_share": 0.25}
     other = Speed(screen=4, rare_answers=4.0)
     other.restore(json.loads(json.dumps(gate.state())))

@@ -333,6 +333,20 @@ def test_what_is_screened_is_part_of_the_group_and_what_is_screened_out_still_te
         assert loop.curriculum.difficulty.fails[entry] == sum(one.total - one.passes for one in seen)
 
 
+def test_a_group_whose_rest_nobody_could_grade_keeps_its_beginning():
+    """Sampled again with the same seed the rest would be the same, and the run would end for one stubborn answer."""
+    seen = []
+
+    def grade(task, text):
+        seen.append(text)
+        return Ungraded("took too long") if len(seen) > 4 else Score(float(len(seen) % 2), "ok")  # 2 slots × 2 screened
+
+    records, _, _ = run(EchoGenerator(), CountingLearner(), grade=grade, steps=1, max_staleness=0, gate="speed",
+                        group_size=3, screen=2)  # fmt: skip
+    assert [[rollout.score for rollout in group.rollouts] for group in records[0].groups] == [[1.0, 0.0, None]] * 2
+    assert len(seen) == 6 and records[0].metrics["ungraded"] == 2
+
+
 def test_a_generator_that_dies_with_the_rest_of_a_group_leaves_its_beginning():
     asked = []
 
