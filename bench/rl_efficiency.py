@@ -67,6 +67,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "small_batches": {"groups_per_step": 16, "group_size": 16, "learning_rate": 5.0e-4},
     "fresh_answers": {"max_staleness": 2},
     "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
+    "floors": {"curriculum": {"domain_floor": 0.0}},
     "muon": {"optimizer": "adamw", "learning_rate": 5.0e-4, "rate_scales": {"head": 4.0}},  # AdamW's best rates
     "head_rate": {"learning_rate": 5.0e-4, "rate_scales": {}},  # the best rate for both
 }
