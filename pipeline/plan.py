@@ -33,7 +33,7 @@ from pipeline.config import (
 from pipeline.engines import LONGEST_TOKENS
 from pipeline.errors import RecipeError
 from pipeline.recipe_checks import max_positions, nearest, origin
-from rl.band import band_in_words
+from rl.band import band_in_words, set_aside_in_words
 from rl.controller import Bounds
 from rl.types import EngineSettings
 
@@ -264,6 +264,9 @@ def online_arithmetic(stage: OnlineRlStage) -> dict[str, str]:
         "rollouts per step": f"{stage.groups_per_step} groups × {stage.group_size} answers = {_count(rollouts)}{more}",
         "curriculum": f"{curriculum.sampler}, gate {curriculum.gate}, groups {curriculum.allocator}",
         "band": band_in_words(stage.group_size, curriculum.band),
+        "set aside": set_aside_in_words(curriculum.retire_above, curriculum.park_below)
+        if curriculum.sampler != "uniform"
+        else "nothing is: the sampler is uniform",
         "tokens per step": f"at most {_count(turns * rollouts * stage.max_answer_tokens)} generated",
         "whole stage": f"{stage.steps} steps, at most {_count(stage.steps * turns * rollouts)} rollouts, "
         f"{_count(stage.steps * turns * rollouts * stage.max_answer_tokens)} tokens",

@@ -1,5 +1,5 @@
-"""Which counts of right answers a group can really produce inside a band of pass rates. Light: recipes are checked
-with it.
+"""Which counts of right answers a group can really produce inside a band of pass rates, and how many answers it takes
+to set a task aside. Light: recipes are checked with it.
 
 A band of 0.25 to 0.75 is 4 to 12 right of 16, but only 1 or 2 right of 3, and no count at all of 2 where it says 0.6 to
 0.9. None and all right are never inside: such a group carries no signal.
@@ -39,3 +39,23 @@ def band_in_words(group_size: int, band: tuple[float, float]) -> str:
     inside = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     verb = "are" if len(counts) > 1 else "is"
     return f"{inside} right of {group_size} {verb} inside the band {band[0]:g} to {band[1]:g}"
+
+
+def set_aside_in_words(retire_above: float | None, park_below: float | None) -> str:
+    """After how many fresh answers at least: n right ones make the posterior's mean (1 + n)/(2 + n), n wrong ones
+    1/(2 + n). Those of older policies count less, so it takes more of them.
+
+    >>> set_aside_in_words(0.9, 0.05)
+    'a task is retired after 8 answers, all right; parked after 18 answers, all wrong'
+    >>> set_aside_in_words(None, 0.0)
+    'a task is never retired; never parked'
+    """
+    words = []
+    for state, limit, how in (("retired", retire_above, "right"), ("parked", park_below, "wrong")):
+        share = limit if how == "right" else 1.0 - limit if limit is not None else None
+        if share is None or share >= 1.0:  # no number of answers proves it
+            words.append(f"never {state}")
+        else:
+            answers = max(1, math.ceil((2.0 * share - 1.0) / (1.0 - share) - ROUNDING))
+            words.append(f"{state} after {answers} answers, all {how}")
+    return f"a task is {'; '.join(words)}"

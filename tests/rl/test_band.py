@@ -1,11 +1,13 @@
 import doctest
 
 import pytest
+from curricula import curriculum
 from hypothesis import given
 from hypothesis import strategies as st
 
 from rl import band
-from rl.band import counts_inside, reachable_band
+from rl.band import counts_inside, reachable_band, set_aside_in_words
+from rl.difficulty import Observation
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,17 @@ def test_a_band_without_a_count_says_what_would_have_one():
 def test_words():
     assert doctest.testmod(band).failed == 0
     assert band.band_in_words(2, (0.25, 0.75)) == "1 right of 2 is inside the band 0.25 to 0.75"
+
+
+@given(st.integers(50, 99), st.integers(1, 50))
+def test_so_many_answers_set_a_task_aside_and_one_less_does_not(retire_percent, park_percent):
+    """`rl/difficulty.py` itself, of answers that nothing has faded of."""
+    retire_above, park_below = retire_percent / 100, park_percent / 100
+    words = set_aside_in_words(retire_above, park_below)
+    right, wrong = (int(part.split(" after ")[1].split()[0]) for part in words.split(";"))
+    for count, passes, state in ((right, right, "retired"), (wrong, 0, "parked")):
+        for answers, expected in ((count, state), (count - 1, "active")):
+            if answers:
+                one = curriculum(retire_above=retire_above, park_below=park_below).difficulty
+                one.learn(0, [Observation("maths/1", min(passes, answers), answers, 0)])
+                assert one.counts()[expected] == 1, (answers, expected)
