@@ -269,11 +269,11 @@ class RenewalSettings(Section):
     every_steps: PositiveInt = Field(5, description="steps between two helpings of new prompts")
     prompts: PositiveInt = Field(32, description="new prompts in a helping, at most")
     synthetic_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.3, description="of the pool that may be made up, at most"
+        0.3, description="of the pool that may be made up, at most; what is retired takes no room"
     )
     sources: list[Source] = Field(
-        list(get_args(Source)), min_length=1, description="generators: our domains' own, in pools of those; the others "
-        "start from solved prompts: combine two numbers, go_on with a number, extend a function, wrap its value",
+        list(get_args(Source)), min_length=1, description="generators: our domains' own, in pools of their tasks; the "
+        "others start from solved prompts: combine two numbers, go_on with a number, extend a function, wrap its value",
     )  # fmt: skip
 
 
