@@ -58,7 +58,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "selection": {"curriculum": UNIFORM},
     "posteriors": {"curriculum": {"sampler": "uniform", "gate": "none", "domain_floor": 0.0}},
     "screening": {"curriculum": {"gate": "none"}},
-    "empty_slots": {"curriculum": {"max_resamples": 3}},  # other tasks take the place of what is screened out
+    "empty_slots": {"curriculum": {"min_groups": None}},  # other tasks always take the place of what is screened out
     "ordered_levels": {"curriculum": {"ordered_levels": False}},
     "long_memory": {"curriculum": {"decay": 0.9, "explore_share": 0.15}},
     "second_update": {"updates_per_step": 1},

@@ -321,6 +321,10 @@ class CurriculumSettings(Section):
     max_resamples: Annotated[int, Field(ge=0)] = Field(
         3, description="tasks that may take the place of one whose group the gate replaces; then the slot stays empty"
     )
+    min_groups: PositiveInt | None = Field(
+        None, description="groups that a step shall keep: other tasks take the place of replaced ones only while, by "
+        "what was kept of late, it would keep fewer; null: always"
+    )  # fmt: skip
     screen: Annotated[int, Field(ge=2)] = Field(4, description="answers that gate speed samples first")
     rare_answers: Answers = Field(
         4.0, description="gate speed goes on, whatever the first few say, where less than that many answers are known"
@@ -362,6 +366,8 @@ class CurriculumSettings(Section):
             idle["judge_strength"] = "without judge there is no score"
         if self.allocator == "fixed":
             idle["largest_group"] = "allocator fixed gives every task group_size answers"
+        if self.max_resamples == 0:
+            idle["min_groups"] = "max_resamples 0 lets no task take another's place"
         return {f"curriculum.{key}": why for key, why in idle.items()}
 
 

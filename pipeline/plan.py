@@ -257,6 +257,8 @@ def online_arithmetic(stage: OnlineRlStage) -> dict[str, str]:
     rollouts = stage.groups_per_step * stage.group_size  # the knapsack spends no more
     turns = curriculum.turns
     more = f", and up to {turns - 1} more tasks in the place of a group without signal" if turns > 1 else ""
+    if more and curriculum.min_groups is not None:
+        more += f" while a step keeps fewer than {curriculum.min_groups}"
     largest = curriculum.largest_group if curriculum.allocator == "knapsack" else stage.group_size
     bound = f"no trained token is more than {stage.max_staleness} version(s) older than the learner"
     synchronous = "0: every token comes from the policy that is stepped (synchronous)"

@@ -454,6 +454,9 @@ def _curriculum_numbers(stage: OnlineRlStage) -> Iterator[tuple[str, str]]:
         yield "screen", f"{curriculum.screen} of group_size {stage.group_size} leaves nothing to go on with; lower it."
     if curriculum.allocator == "knapsack" and curriculum.largest_group < stage.group_size:
         yield "largest_group", f"{curriculum.largest_group} is less than group_size, which is {stage.group_size}."
+    if curriculum.min_groups is not None and curriculum.min_groups > stage.groups_per_step:
+        problem = f"{curriculum.min_groups} is more than a step has, whose groups_per_step is {stage.groups_per_step}; "
+        yield "min_groups", problem + "lower it, or null to fill slots always."
     domains = len(stage.tasks.domains) if isinstance(stage.tasks, GeneratedTasks) else 1
     if curriculum.domain_floor * domains > 1.0:
         problem = f"{curriculum.domain_floor} for each of {domains} domains is more than there is; write at most "

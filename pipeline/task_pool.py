@@ -119,6 +119,7 @@ def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
         explore_share=settings.explore_share,
         prefix_share=settings.prefix_share,
         max_resamples=settings.max_resamples,
+        min_groups=settings.min_groups,
         allocator=settings.allocator,
         largest_group=settings.largest_group,
         screen=settings.screen,

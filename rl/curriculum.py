@@ -60,6 +60,8 @@ GATES: dict[str, Callable[[CurriculumRules], Gate]] = {
 }
 SMALLEST_GROUP = 2  # fewer answers cannot differ
 LENGTH_MEMORY = 0.9  # of the mean length of a domain's answers, per step
+SIGNAL_MEMORY = 0.9  # of the share of groups that are kept, per step
+KEPT_AT_FIRST, SAMPLED_AT_FIRST = 4.0, 8.0  # groups: before anything is known, every other one is kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ class CurriculumRules:
     explore_share: float
     prefix_share: float = 0.0  # of the choices that go on from a part of an earlier right answer
     max_resamples: int  # tasks that may take the place of a slot's first, where the gate replaces
+    min_groups: int | None = None  # they do so only where a step would keep fewer by itself; None: always
     allocator: Literal["fixed", "knapsack"]
     largest_group: int  # of the knapsack
     screen: int  # answers; of gate speed
@@ -94,6 +97,7 @@ class Curriculum:
         self.prefixes = Prefixes(rules.band[0])
         self.sampled: Counter[str] = Counter()  # entry → groups begun with it
         self.answer_tokens: dict[str, float] = {}  # domain → mean length of its answers of late
+        self.kept_groups, self.sampled_groups = KEPT_AT_FIRST, SAMPLED_AT_FIRST  # of late
         self._ids_of = self._by_domain()
         self._open = np.zeros(len(entries), np.int32)  # choices that are planned and not yet learnt from
 
@@ -102,8 +106,15 @@ class Curriculum:
 
     @property
     def turns(self) -> int:
-        """Tasks that a slot may come to, one after the other."""
+        """Tasks that a slot may come to, one after the other, at most."""
         return 1 + (self.rules.max_resamples if self.gate.replaces else 0)
+
+    def turns_now(self, slots: int) -> int:
+        """The same for the slots of the next step. A slot that stays empty makes the batch smaller, one that is filled
+        costs the answers that screen its tasks, and is worth them only where hardly a group would be left."""
+        wanted = self.rules.min_groups
+        enough = wanted is not None and slots * self.kept_groups / self.sampled_groups >= wanted
+        return 1 if enough else self.turns
 
     @property
     def max_parts(self) -> int:
@@ -114,13 +125,13 @@ class Curriculum:
 
     def plan(self, slots: range) -> list[list[Choice]]:
         """For each slot of one step, the choices of its turns."""
-        domains = self.mix.assign(len(slots))
-        chosen = np.zeros((self.turns, len(slots)), np.int64)
+        domains, num_turns = self.mix.assign(len(slots)), self.turns_now(len(slots))
+        chosen = np.zeros((num_turns, len(slots)), np.int64)
         prefixes: dict[tuple[int, int], tuple[int, ...]] = {}  # (turn, place)
         for number, domain in enumerate(self.entries.domains):
             places = [place for place, turn in enumerate(domains) if turn == domain]
             rng = np.random.default_rng([self.seed, slots.start, number])
-            chosen[:, places] = self._choose(number, self.turns * len(places), rng).reshape(self.turns, len(places))
+            chosen[:, places] = self._choose(number, num_turns * len(places), rng).reshape(num_turns, len(places))
             prefixes |= self._begin(number, chosen, places, rng)
         np.add.at(self._open, chosen.reshape(-1), 1)
         turns = [self._sized(ids) for ids in chosen]
@@ -227,6 +238,8 @@ class Curriculum:
             self.answer_tokens[domain] = now + LENGTH_MEMORY * (self.answer_tokens.get(domain, now) - now)
         self.mix.learn(trained)
         self.gate.learn(outcomes)
+        self.kept_groups = SIGNAL_MEMORY * self.kept_groups + sum(one.kept for one in outcomes)
+        self.sampled_groups = SIGNAL_MEMORY * self.sampled_groups + len(outcomes)
         alone = [one for one in outcomes if not one.choice.prefix]
         seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in alone]
         changes = self.difficulty.learn(version, seen_now)
@@ -288,6 +301,7 @@ class Curriculum:
         return {
             "difficulty": self.difficulty.to_json(), "mix": self.mix.state(), "sampler": self.sampler.state(),
             "gate": self.gate.state(), "sampled": dict(self.sampled), "answer_tokens": dict(self.answer_tokens),
+            "kept": [self.kept_groups, self.sampled_groups],
             "open": {self.entries.names[i]: int(self._open[i]) for i in np.nonzero(self._open)[0]},
             "renewal": self.renewal.state() if self.renewal is not None else None, "prefixes": self.prefixes.state(),
         }  # fmt: skip
@@ -301,5 +315,6 @@ class Curriculum:
         self.gate.restore(state["gate"])
         self.prefixes.restore(state["prefixes"])
         self.sampled, self.answer_tokens = Counter(state["sampled"]), dict(state["answer_tokens"])
+        self.kept_groups, self.sampled_groups = state["kept"]
         for entry, count in state["open"].items():
             self._open[self.entries.id_of[entry]] = count

@@ -116,6 +116,26 @@ def test_alternatives_are_of_the_slots_own_domain():
         assert len(turns) == 4 and len({choice.entry.split("/")[0] for choice in turns}) == 1
 
 
+def test_slots_are_filled_only_while_a_step_would_keep_too_few_groups():
+    """By hand: 4 of 8 at first, fading to 0.9 a step, and two steps of four groups that are all turned down:
+    4·(3.6/11.2) = 1.29 groups are expected, then 4·(3.24/14.08) = 0.92."""
+    one = curriculum(gate="dapo", max_resamples=2, min_groups=1)
+
+    def step(number, kept):
+        plans = one.plan(range(4 * number, 4 * number + 4))
+        outcomes = [outcome(4 * number + place, turn, choice, 0, number, kept=kept)
+                    for place, turns in enumerate(plans) for turn, choice in enumerate(turns)]  # fmt: skip
+        one.learn(number + 1, outcomes, [choice for turns in plans for choice in turns])
+        return {len(turns) for turns in plans}
+
+    assert [step(number, kept=False) for number in range(4)] == [{1}, {1}, {3}, {3}]
+    assert step(4, kept=True) == {3}, "every one of twelve is kept"
+    assert [step(number, kept=True) for number in (5, 6)] == [{1}, {1}]
+    assert one.max_parts == 2 * 3 - 1, "what the protocol is bounded by does not move"
+    always = curriculum(gate="dapo", max_resamples=2)
+    assert {len(turns) for turns in always.plan(range(4))} == {3}
+
+
 def test_without_a_gate_that_replaces_nothing_is_drawn_in_reserve():
     assert all(len(turns) == 1 for turns in curriculum(max_resamples=3).plan(range(8)))
 
@@ -222,11 +242,13 @@ def test_the_judges_word_is_where_the_choice_begins():
 @given(data=st.data())
 def test_a_curriculum_that_was_written_down_plans_on_bit_for_bit(sampler, gate, data):
     endless, stop = data.draw(st.booleans()), data.draw(st.integers(1, 9))
+    min_groups = data.draw(st.sampled_from([None, 7]))
     cells = levels() if endless else prompts(40)
 
     def new():
         return curriculum(cells, sampler=sampler, gate=gate, endless=endless, explore_share=0.2, retire_above=0.9,
-                          park_below=0.1, retest_every=4, allocator="knapsack", domain_floor=0.3)  # fmt: skip
+                          park_below=0.1, retest_every=4, allocator="knapsack", domain_floor=0.3,
+                          min_groups=min_groups)  # fmt: skip
 
     def rates(entry):
         return np.random.default_rng(sum(map(ord, entry))).random()
