@@ -83,6 +83,7 @@ ALONE: dict[str, dict[str, Any]] = {
 }
 MORE: dict[str, dict[str, Any]] = {
     "max_rl": {"objective": {"advantage": "max_rl"}},
+    "pass_at_k": {"objective": {"advantage": "pass_at_k", "pass_at_k": 4}},
     "renewal": {"curriculum": {"renew": {"every_steps": 5}}},
     "knapsack": {"curriculum": {"allocator": "knapsack", "gate": "none"}},
     "replay": {"max_staleness": 2, "curriculum": {"replay_steps": 2}},
