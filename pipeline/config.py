@@ -269,7 +269,7 @@ class RenewalSettings(Section):
     every_steps: PositiveInt = Field(5, description="steps between two helpings of new prompts")
     prompts: PositiveInt = Field(32, description="new prompts in a helping, at most")
     synthetic_share: Annotated[float, Field(gt=0.0, lt=1.0)] = Field(
-        0.3, description="of the pool that may be made up, at most; what is retired takes no room"
+        0.3, description="of the pool that may be made up, at most; a prompt that is retired gives its place to another"
     )
     sources: list[Source] = Field(
         list(get_args(Source)), min_length=1, description="generators: our domains' own, in pools of their tasks; the "
@@ -314,7 +314,8 @@ class CurriculumSettings(Section):
     park_below: Share | None = Field(0.05, description="pass rate up to which it is too hard, for now; null: never")
     retest_every_steps: PositiveInt = Field(20, description="steps after which what is retired or parked is re-tested")
     retest_rise: Share = Field(0.1, description="rise of its neighbours' pass rate that re-tests a parked task at once")
-    domain_floor: Share = Field(0.1, description="share of the trained tokens that each domain gets at least")
+    domain_floor: Share = Field(0.1, description="share of the trained tokens that each domain gets at least, "
+                               "as long as it gives any")  # fmt: skip
     domain_turns: Literal["equal", "by_size"] = Field(
         "equal", description="how often each domain's turn comes: all alike, or by how many tasks it has"
     )

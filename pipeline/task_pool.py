@@ -91,7 +91,7 @@ def curriculum_of(
 
 
 def held_out_prompts(context: StageContext) -> Iterator[str]:
-    """Of every set that this recipe evaluates on, all of it, however few of its tasks an evaluation takes."""
+    """Of every set that this recipe evaluates on; of a data set all, however few of its tasks an evaluation takes."""
     for stage in context.recipe.stages:
         if isinstance(stage, EvaluateStage):
             whole = stage.tasks

@@ -6,7 +6,8 @@
     wrap      a HumanEval task       → the function is to return its value in a list; the old tests see what is inside
 
 Each is a function (parents, random numbers) → task or None, where None says that it does not apply to these. A mutated
-task is a level harder than the hardest of its parents; its `task_id` names the mutation, them and the prompt's digest.
+task is a level harder than the hardest of its parents, where theirs are known; its `task_id` names the mutation, them
+and the prompt's digest.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fractions import Fraction
 from typing import Any
 
 from rewards.math_answer import plain_number
-from rewards.task import Task, Verifier
+from rewards.task import UNKNOWN_LEVEL, Task, Verifier
 
 Mutation = Callable[[Sequence[Task], random.Random], Task | None]
 MAX_FACTOR, MAX_TERM = 5, 20
@@ -116,5 +117,10 @@ def _mutated(
     digest = hashlib.sha256(prompt.encode()).hexdigest()[:8]
     return Task(
         task_id=f"{mutation}({', '.join(parent.task_id for parent in parents)})#{digest}", domain=parents[0].domain,
-        level=max(parent.level for parent in parents) + 1, prompt=prompt, verifier=verifier, check=check,
+        level=_above(parents), prompt=prompt, verifier=verifier, check=check,
     )  # fmt: skip
+
+
+def _above(parents: Sequence[Task]) -> int:
+    levels = [parent.level for parent in parents]
+    return UNKNOWN_LEVEL if UNKNOWN_LEVEL in levels else max(levels) + 1

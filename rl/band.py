@@ -42,13 +42,13 @@ def band_in_words(group_size: int, band: tuple[float, float]) -> str:
 
 
 def set_aside_in_words(retire_above: float | None, park_below: float | None) -> str:
-    """After how many fresh answers at least: n right ones make the posterior's mean (1 + n)/(2 + n), n wrong ones
-    1/(2 + n). Those of older policies count less, so it takes more of them.
+    """After how many of its own answers at least: n right ones make the mean (1 + n)/(2 + n), n wrong ones 1/(2 + n).
+    Those of older policies count less, so it takes some more.
 
     >>> set_aside_in_words(0.9, 0.05)
-    'a task is retired after 8 answers, all right; parked after 18 answers, all wrong'
+    'retired after 8 answers or more, all right; parked after 18 or more, all wrong'
     >>> set_aside_in_words(None, 0.0)
-    'a task is never retired; never parked'
+    'never retired; never parked'
     """
     words = []
     for state, limit, how in (("retired", retire_above, "right"), ("parked", park_below, "wrong")):
@@ -57,5 +57,6 @@ def set_aside_in_words(retire_above: float | None, park_below: float | None) -> 
             words.append(f"never {state}")
         else:
             answers = max(1, math.ceil((2.0 * share - 1.0) / (1.0 - share) - ROUNDING))
-            words.append(f"{state} after {answers} answers, all {how}")
-    return f"a task is {'; '.join(words)}"
+            unit = "" if any("after" in part for part in words) else " answers"
+            words.append(f"{state} after {answers}{unit} or more, all {how}")
+    return "; ".join(words)

@@ -1,6 +1,7 @@
 """Which tasks a step samples, how many answers each gets, and what is learnt from them. No torch, ray or vllm.
 
-    plan(slots) ──▶ for every slot its tasks in turn: the first, and those for where a group has no signal
+    plan(slots) ──▶ for every slot its tasks in turn: the first, and, unless enough groups have signal by themselves,
+                      those for where one has none
                       rl/domain_mix.py   whose turn it is: domains interleaved, none below its floor of trained tokens
                       rl/difficulty.py   posteriors and states of the pool
                       rl/samplers.py     which entries

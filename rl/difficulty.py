@@ -29,8 +29,9 @@ States, and what moves an entry between them (every change is a `StateChange` wi
     new ──first group──▶ active ◀──re-test──▶ retired    its own answers say pass rate >= retire_above
                                 ◀──re-test──▶ parked     pass rate <= park_below: too hard, for now
 
-Retired and parked entries are not drawn. They are due for a re-test after `retest_every` versions, parked ones as soon
-as the pass rate of their neighbours (the cell's other entries and the next easier level) has risen by `retest_rise`.
+Retired and parked entries are not drawn. They are due for a re-test after `retest_every` versions, but for made-up ones
+that gave their place to another (`rl/renewal.py`); parked ones as soon as the pass rate of their neighbours (the cell's
+other entries and the next easier level) has risen by `retest_rise`.
 
 Columns of numpy, a row per entry: a million entries cost about 70 MB and some milliseconds a step.
 """
@@ -316,6 +317,19 @@ class Difficulty:
         """Those of these entries that are due for a re-test, the longest overdue first."""
         due = ids[self.due[ids] <= self.version]
         return due[np.argsort(self.due[due], kind="stable")]
+
+    def retired(self, ids: Ids) -> Ids:
+        """Those of these entries that are retired and not given up, the longest retired first."""
+        ids = ids[(self.state[ids] == RETIRED) & (self.due[ids] < NEVER)]
+        return ids[np.argsort(self.due[ids], kind="stable")]
+
+    def give_up(self, ids: Ids) -> None:
+        """These retired entries are never tested again."""
+        self.due[ids] = NEVER
+
+    def num_alive(self, ids: Ids) -> int:
+        """How many of these entries are not given up."""
+        return len(ids) - int(((self.state[ids] == RETIRED) & (self.due[ids] == NEVER)).sum())
 
     def num_due(self) -> int:
         """Retired or parked entries that wait for their re-test."""

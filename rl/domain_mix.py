@@ -1,4 +1,5 @@
-"""Which domain each slot of a step belongs to: all in turn, and none below its share of what is really trained on.
+"""Which domain each slot of a step belongs to: all in turn, and none that teaches anything below its share of what is
+really trained on.
 
 Turns are smooth weighted round robin, so the domains of a batch are interleaved whatever their weights. They come alike
 or as often as the domains are large, times a weight for the sake of the floor. That is 1 as long as every domain gets
@@ -21,8 +22,8 @@ FASTEST = 1.5  # change of a weight in one step: the share of a step of few grou
 
 class DomainMix:
     def __init__(self, domains: Sequence[str], floor: float, sizes: Mapping[str, int] | None = None) -> None:
-        """`floor`: share of trained tokens that each domain gets at least; 0: none. `sizes`: turns are in proportion to
-        these; None: all domains have as many."""
+        """`floor`: share of trained tokens that each domain gets at least that gives any; 0: none. `sizes`: turns are
+        in proportion to these; None: all domains have as many."""
         if floor * len(domains) > 1.0:
             raise ValueError(f"a floor of {floor:g} for each of {len(domains)} domains is more than there is")
         self.domains, self.floor = list(domains), floor

@@ -1,11 +1,13 @@
 """New prompts for a pool that the policy outgrows: made at the frontier, kept apart from what is held out, judged by
 what they teach. No torch, ray or vllm.
 
-    every few steps   a *source* is drawn for each new prompt, those whose prompts carried signal more often (Thompson)
+    every few steps   a *source* is drawn for each new prompt, those whose prompts carried signal more often (Thompson);
+                      where it can make none, the next best is asked, and where none can, that is all for now
       generators      of the domains whose own tasks the pool holds, at the level nearest the middle of the band
       mutations       `rewards/mutations.py` of prompts that the policy mostly solves: a verifier knows the new answer
     a prompt is refused that is in the pool, or near one that is held out, that does not fit, or for which the pool has
-    no room: synthetic prompts that are not retired are at most a given share of it
+    no room: synthetic prompts are at most a given share of it. One that is retired gives its place to a new one, and is
+    never tested again
     admitted, it is new to the curriculum like any other, which finds out how hard it is, retires it or parks it
 
 Deterministic: what is made at a version depends on the seed and on what was learnt until then.
@@ -25,20 +27,20 @@ import numpy as np
 from rewards.domains import LEVELS, generate, is_generated
 from rewards.mutations import MUTATIONS, PARENTS
 from rewards.task import UNKNOWN_LEVEL, Task, split_of
-from rl.difficulty import RETIRED, Difficulty
+from rl.difficulty import Difficulty
 from rl.gates import Outcome
 
 GENERATORS = "generators"
 SOURCES = (GENERATORS, *MUTATIONS)
 NGRAM = 13  # words; a prompt that shares so many in a row with a held-out one is refused (GPT-3, and most since)
-DRAWS = 8  # for one prompt, before it is given up
+DRAWS = 8  # of a source for one prompt, before the next one is asked
 
 
 @dataclass(frozen=True, kw_only=True)
 class RenewalRules:
     every: int  # steps
     prompts: int  # at a time
-    share: float  # of the pool that may be synthetic and not retired
+    share: float  # of the pool that may be synthetic, and be tried again
     sources: tuple[str, ...]
     band: tuple[float, float]
 
@@ -88,7 +90,7 @@ class Renewal:
     ) -> None:  # fmt: skip
         """`tasks`: the pool, entry → task; new ones are put into it. `fits`: whether a prompt leaves room to answer."""
         self.rules, self.tasks, self.fits, self.seed = rules, tasks, fits, seed
-        self.room = int(rules.share / (1.0 - rules.share) * len(tasks))  # for synthetic prompts that are not retired
+        self.room = int(rules.share / (1.0 - rules.share) * len(tasks))  # for synthetic prompts
         self.overlap = Overlap((task.prompt for task in tasks.values()), held_out)
         self.made: dict[str, NewTask] = {}
         self.groups: Counter[str] = Counter()  # source → sampled of its prompts
@@ -101,9 +103,10 @@ class Renewal:
             return []
         rng = random.Random(f"{self.seed}/renewal/{version}")
         frontier = Frontier(difficulty, self.rules.band, self.tasks)
-        retired = sum(difficulty.state[difficulty.entries.id_of[name]] == RETIRED for name in self.made)
-        found = []
-        for _ in range(min(self.rules.prompts, self.room - len(self.made) + retired)):
+        ids = np.array([difficulty.entries.id_of[name] for name in self.made], np.int64)
+        room, outgrown = self.room - difficulty.num_alive(ids), difficulty.retired(ids)
+        found: list[NewTask] = []
+        for _ in range(min(self.rules.prompts, room + len(outgrown))):
             promise = {source: self._promise(source, rng) for source in self.rules.sources}
             # One that cannot make any of what the pool holds learns nothing of itself: the next one is asked.
             best_first = sorted(promise, key=lambda source: -promise[source])
@@ -113,6 +116,7 @@ class Renewal:
                 break
             self._admit(new)
             found.append(new)
+        difficulty.give_up(outgrown[: max(0, len(found) - room)])
         return found
 
     def _promise(self, source: str, rng: random.Random) -> float:

@@ -11,7 +11,7 @@ from rewards.domains import generate, worked_solution
 from rewards.grade import grade
 from rewards.mutations import combine, extend, go_on, wrap, written
 from rewards.sandbox import Sandbox
-from rewards.task import Score, Task
+from rewards.task import UNKNOWN_LEVEL, Score, Task
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +82,7 @@ def test_a_task_that_was_wrapped_twice_asks_for_a_list_in_a_list(sandbox) -> Non
     task = Task(task_id="h0", domain="code", level=0, prompt="Add one.", verifier="humaneval", check=check)
     for _ in range(2):
         task = wrap([task], random.Random(0))
+    assert task.level == UNKNOWN_LEVEL, "what is harder than nobody knows what"
     for body, value in (("[[x + 1]]", 1.0), ("[x + 1]", 0.0), ("[[x]]", 0.0)):
         assert grade(task, f"```python\ndef inc(x):\n    return {body}\n```", sandbox).value == value, body
 

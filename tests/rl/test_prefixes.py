@@ -1,8 +1,10 @@
 """Which right answers are kept, what is begun with them, and that nothing else learns from it."""
 
+import dataclasses
 import json
 
 import numpy as np
+import pytest
 from curricula import curriculum, prompts
 from test_curriculum import outcome
 
@@ -41,6 +43,16 @@ def test_the_shortest_right_answer_of_a_hard_prompt_is_kept_until_it_is_hard_no_
     one.difficulty.learn(55, [Observation("p0", 16, 16, 55)])
     kept.learn(56, {}, one.difficulty)
     assert kept.known == {}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_two_groups_of_a_prompt_in_one_step_the_shorter_answer_is_kept(order):
+    one = pool()
+    (choice,) = one.plan(range(1))[0]
+    answers = [(7, 8, 2), (1, 3, 5, 2)]
+    seen = [dataclasses.replace(outcome(slot, 0, choice, 1, 0), right=answers[i]) for slot, i in enumerate(order)]
+    one.learn(1, seen, [choice])
+    assert one.prefixes.known == {choice.entry: (1, (7, 8, 2))}
 
 
 def test_a_beginning_is_a_quarter_to_three_quarters_and_never_the_whole():

@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from curricula import curriculum
 
@@ -75,7 +76,7 @@ def test_synthetic_prompts_are_at_most_their_share() -> None:
 
 
 def test_retired_prompts_make_room_for_others() -> None:
-    """A pool that the policy outgrows goes on growing."""
+    """A pool that the policy outgrows goes on growing, and no re-test brings back more than its share."""
     chooser = of(renewal([number(i) for i in range(30)], share=0.25, prompts=10))
     chooser.learn(1, [outcome(f"n{i}", 16) for i in range(6)], [])
     first = [new.task.task_id for new in chooser.renewed]
@@ -84,6 +85,11 @@ def test_retired_prompts_make_room_for_others() -> None:
     assert chooser.difficulty.counts()["retired"] == 6 + 4 and len(chooser.renewed) == 4
     chooser.learn(3, [outcome(name, 8, 2) for name in first[4:]], [])
     assert chooser.renewed == []
+    ids = np.array([chooser.entries.id_of[name] for name in first])
+    assert chooser.difficulty.num_alive(ids) == 6, "those whose place was taken"
+    chooser.learn(99, [], [])
+    due = {chooser.entries.names[i] for i in chooser.difficulty.due_now(np.arange(len(chooser.entries)))}
+    assert due == {f"n{i}" for i in range(6)}
 
 
 def test_sources_that_cannot_make_anything_of_a_pool_do_not_stand_in_the_way() -> None:
@@ -102,8 +108,8 @@ def test_generators_keep_out_of_pools_that_are_not_theirs() -> None:
     chooser = taught(foreign, {f"n{i}": 16 for i in range(20)}, sources=("generators",))
     assert chooser.renewed == []
     ours = [generate("maths", 2, seed, "train") for seed in range(5)]
-    mixed = taught([*foreign, *ours], {ours[0].task_id: 16, "n3": 8}, sources=("generators",))
-    assert {(new.task.domain, new.task.level) for new in mixed.renewed} == {("maths", 3)}, "word problems have no level"
+    mixed = taught([*foreign, *ours], {ours[0].task_id: 0, "n3": 8}, sources=("generators",))
+    assert {(new.task.domain, new.task.level) for new in mixed.renewed} == {("maths", 2)}, "word problems have no level"
 
 
 def test_only_every_so_many_versions() -> None:
