@@ -11,7 +11,7 @@ A run of an arm leaves `curve.json`: for every checkpoint on the way the tokens 
 screening, discarded and lost answers too), the seconds (without start and saving), and pass@1 on held-out tasks of all
 levels alike, which no arm ever sees. What an arm needs is read off where its curve, made monotone, crosses the target.
 
-Arms: A      TRL's GRPOTrainer, uniform                B      ours, uniform, the settings of A
+Arms: A      TRL's GRPOTrainer, uniform, tuned         B      ours, uniform, batch and rate of A
       A+x    the same, given lever x                   B+x    ours uniform, and lever x alone
       C      ours in full                              C-x    ours in full without lever x
       C+x    ours in full, and x more or in the place of another
@@ -39,13 +39,18 @@ app = typer.Typer(add_completion=False, help=__doc__)
 app.command()(efficiency_curves.table)
 
 STOP_AT = 1.25  # times the longest right answer of a level: an answer that goes on is taken for hopeless
-# Of A and B alike: the best of those tried with A, docs/results.md.
+# Batch and rate of A and B alike: the best of those tried with A, docs/results.md.
 SHARED = {
     "dead": {"groups_per_step": 16, "group_size": 16, "learning_rate": 3.0e-4},
     "filtered": {"groups_per_step": 4, "group_size": 16, "learning_rate": 5.0e-4},
     "gym": {"groups_per_step": 4, "group_size": 16, "learning_rate": 2.0e-4},
 }
 TRL_OPTIONS = {"loss": "dapo", "scale_rewards": "group"}
+TRL_TUNED: dict[str, dict[str, Any]] = {  # likewise the best for A; B is without
+    "dead": {"updates_per_step": 2},
+    "filtered": {"updates_per_step": 2, "last_rate_share": 0.2},
+    "gym": {},
+}
 UNIFORM = {"sampler": "uniform", "explore_share": 0.0, "domain_floor": 0.0, "domain_turns": "by_size"}
 # What `our_run` sets itself, or what belongs to the recipe's own run.
 OF_THE_RUN = ("name", "kind", "policy", "tasks", "steps", "max_answer_tokens")
@@ -109,7 +114,8 @@ def run(
         place = folder / pool / f"{arm}{label}" / f"seed{seed}"
         changes = yaml.safe_load(settings) or {}
         start, examples = efficiency_pools.starting_point(folder, pool), efficiency_pools.pool_file(folder, pool)
-        asked = SHARED[pool] | TRL_OPTIONS | PEERS[arm] if arm in PEERS else stage_of(arm, pool)
+        of_trl = SHARED[pool] | TRL_OPTIONS | TRL_TUNED[pool]
+        asked = of_trl | PEERS[arm] if arm in PEERS else stage_of(arm, pool)
         asked = changed(asked, changes)
         if (place / "curve.json").exists():
             if settings_of(place)["settings"] != asked | {"of_256_answers": steps}:
