@@ -21,11 +21,12 @@ STYLE = (
     "text{font:10.5px sans-serif;fill:#555} .title{font-size:12px;font-weight:600;fill:#111} .grid{stroke:#ddd} "
     ".line{fill:none;stroke:currentColor;stroke-width:1.8;stroke-linejoin:round} .fill{fill:currentColor}"
 )
+TABLE_WIDTH = 200
 EASY = (1, 2)  # levels
 FIT_POINTS = 6  # a curve of fewer is not fitted
 PICTURED = ("A", "A+head_rate", "B", "C", "Cadam")
 
-Curve = list[dict[str, Any]]
+Curve = list[dict[str, Any]]  # its first point: the model that the run began with, at no tokens
 Curves = dict[str, dict[str, list[Curve]]]  # pool → arm → one a seed
 
 
@@ -36,18 +37,16 @@ def table(
 ) -> None:
     """Print a table a pool, median of the seeds and their range, and one of the trials; draw the curves."""
     known = json.loads(runs.read_text())
-    starts: dict[str, list[dict[str, Any]]] = {pool: [*some.values()] for pool, some in known["at_start"].items()}
-    at_start = {pool: statistics.fmean(one["pass_at_1"] for one in some) for pool, some in starts.items()}
     curves, trials = by_arm(known["runs"], trials=False), by_arm(known["runs"], trials=True)
-    console = Console(width=160)
+    console = Console(width=TABLE_WIDTH)
     for title, some in (("", curves), ("trials of ", trials)):
         for pool, arms in some.items():
-            heading = f"{title}pool {pool}, {at_start[pool]:.3f} at the start: {shape_text(known['pools'][pool])}"
-            console.print(pool_table(heading, arms, target, at_start[pool], starts[pool]))
+            heading = f"{title}pool {pool}: {shape_text(known['pools'][pool])}"
+            console.print(pool_table(heading, arms, target, known["at_start"][pool]))
     for machine in sorted({run["machine"] for run in known["runs"]}):
         print(machine)
     if picture:
-        draw(curves, at_start, picture)
+        draw(curves, picture)
 
 
 def by_arm(runs: list[dict[str, Any]], trials: bool) -> Curves:
@@ -55,7 +54,8 @@ def by_arm(runs: list[dict[str, Any]], trials: bool) -> Curves:
     found: Curves = {}
     for run in runs:
         if ("." in run["arm"]) == trials:
-            found.setdefault(run["pool"], {}).setdefault(run["arm"], []).append(run["curve"])
+            begin = {"generated_tokens": 0, "seconds": 0.0, "pass_at_1": run["start"]}
+            found.setdefault(run["pool"], {}).setdefault(run["arm"], []).append([begin, *run["curve"]])
     return found
 
 
@@ -63,23 +63,22 @@ def shape_text(shape: dict[str, Any]) -> str:
     return ", ".join(f"{rates}: {share:.0%}" for rates, share in shape["shares"].items())
 
 
-def pool_table(
-    title: str, arms: dict[str, list[Curve]], targets: list[float], at_start: float, starts: list[dict[str, Any]]
-) -> Table:
+def pool_table(title: str, arms: dict[str, list[Curve]], targets: list[float], starts: list[dict[str, Any]]) -> Table:
     columns = [f"{what} to {goal:g}" for goal in targets for what in ("tokens", "seconds")]
     ends = ("pass@1, 8, 32 at its end", f"levels {EASY[0]} to {EASY[-1]}", "end, middle, slope of the fit")
-    shown = Table("arm", "seeds", *columns, *ends, title=title)
+    shown = Table(title=title)
+    shown.add_column("arm", no_wrap=True)
+    for column in ("seeds", *columns, *ends):
+        shown.add_column(column)
     shown.add_row("the start", "", *([""] * len(columns)), *end_texts(starts), "")
     for arm, curves in arms.items():
         cells = []
         for goal in targets:
             for key, unit in (("generated_tokens", 1e3), ("seconds", 1)):
-                values = sorted(needed(curve, key, goal, at_start) / unit for curve in curves)
+                values = sorted(needed(curve, key, goal) / unit for curve in curves)
                 most = max(curve[-1][key] for curve in curves) / unit
                 cells.append(spread(values, "k" if unit > 1 else "s", most))
-        shown.add_row(
-            arm, f"{len(curves)}", *cells, *end_texts([curve[-1] for curve in curves]), fit_text(curves, at_start)
-        )
+        shown.add_row(arm, f"{len(curves)}", *cells, *end_texts([curve[-1] for curve in curves]), fit_text(curves))
     return shown
 
 
@@ -91,10 +90,11 @@ def end_texts(points: list[dict[str, Any]]) -> tuple[str, str]:
     return ", ".join(passes), f"{statistics.median(easy):.3f}" if easy else ""
 
 
-def needed(curve: Curve, key: str, target: float, start: float) -> float:
+def needed(curve: Curve, key: str, target: float) -> float:
     """Where the monotone curve crosses `target`, between checkpoints in proportion; infinite where it never does."""
-    before, score_before = 0.0, start
-    for point, score in zip(curve, monotone([point["pass_at_1"] for point in curve], start)):
+    begin, *points = curve
+    before, score_before = begin[key], begin["pass_at_1"]
+    for point, score in zip(points, monotone([point["pass_at_1"] for point in points], score_before)):
         if score >= target:
             share = (target - score_before) / (score - score_before) if score > score_before else 1.0
             return before + share * (point[key] - before)
@@ -139,9 +139,10 @@ def sigmoid_fit(tokens: np.ndarray, scores: np.ndarray, start: float) -> tuple[f
     return float(ends[a]), float(middles[m]), float(slopes[b]), float(error[a, m, b] ** 0.5)
 
 
-def fit_text(curves: list[Curve], at_start: float) -> str:
+def fit_text(curves: list[Curve]) -> str:
     """Of all seeds together, where they rise and the fit is closer than the noise of an evaluation."""
-    points = [(point["generated_tokens"], point["pass_at_1"]) for curve in curves for point in curve]
+    at_start = statistics.fmean(curve[0]["pass_at_1"] for curve in curves)
+    points = [(point["generated_tokens"], point["pass_at_1"]) for curve in curves for point in curve[1:]]
     tokens, scores = np.array([t for t, _ in points], float), np.array([s for _, s in points])
     if len(points) < FIT_POINTS or scores.max() < at_start + 0.1:
         return ""
@@ -149,7 +150,7 @@ def fit_text(curves: list[Curve], at_start: float) -> str:
     return f"{end:.2f}, {middle / 1e3:,.0f} k, {slope:.1f} (±{error:.3f})"
 
 
-def draw(runs: Curves, at_start: dict[str, float], picture: Path) -> None:
+def draw(runs: Curves, picture: Path) -> None:
     """Held-out pass@1 by tokens and by seconds, a row a pool, a line a run."""
     runs = {pool: {arm: of for arm, of in arms.items() if arm in PICTURED} for pool, arms in runs.items()}
     arms = sorted({arm for of_pool in runs.values() for arm in of_pool})
@@ -160,11 +161,7 @@ def draw(runs: Curves, at_start: dict[str, float], picture: Path) -> None:
     for row, (pool, of_pool) in enumerate(runs.items()):
         for column, (key, label) in enumerate((("generated_tokens", "generated tokens"), ("seconds", "seconds"))):
             series = [
-                plots.Series(
-                    arm,
-                    [(0.0, at_start[pool]), *((point[key], point["pass_at_1"]) for point in curve)],
-                    arms.index(arm),
-                )
+                plots.Series(arm, [(point[key], point["pass_at_1"]) for point in curve], arms.index(arm))
                 for arm, curves in of_pool.items()
                 for curve in curves
             ]

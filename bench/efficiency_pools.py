@@ -2,7 +2,7 @@
 
 dead      nine prompts in ten from levels that the model nearly always or nearly never solves; most lie beyond the
           ten levels, where a right answer does not even fit
-filtered  from the same generators and equally large, all from levels in between
+filtered  from the same generators, all from levels in between
 gym       not ours: eight data sets of reasoning-gym with its own levels, as they come: FOLDER/gym.jsonl.gz,
           written by `reasoning_gym_pool.py --per-level 400`
 """
@@ -152,9 +152,12 @@ def cell_rates(folder: Path, pool: str) -> dict[str, float]:
     return {cell: passes["1"]["value"] for cell, passes in results["policies"][0]["cells"].items()}
 
 
-def pool_file(folder: Path, pool: str) -> Path:
-    """The prompts; of `dead` and `filtered` as many from each (domain, level) of a kind as from the others."""
+def pool_file(folder: Path, pool: str, labels: bool = True) -> Path:
+    """The prompts; of `dead` and `filtered` as many from each (domain, level) of a kind as from the others. Without
+    `labels` the same, all of one domain and of no known level."""
     path = pool_path(folder, pool)
+    if not labels:
+        return unlabelled(pool_file(folder, pool))
     if path.exists():
         return path
     rates = cell_rates(folder, pool)
@@ -166,6 +169,19 @@ def pool_file(folder: Path, pool: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tasks(path, wanted, first_seed=10**9)
     return path
+
+
+def unlabelled(path: Path) -> Path:
+    from pipeline.data import Example, read_examples, write_examples
+    from rewards.task import UNKNOWN_LEVEL
+
+    bare = path.with_name(f"unlabelled_{path.name}")
+    if not bare.exists():
+        examples = read_examples(path)
+        write_examples(
+            bare, [Example(replace(one.task, domain="all", level=UNKNOWN_LEVEL), one.answer) for one in examples]
+        )
+    return bare
 
 
 def pool_path(folder: Path, pool: str) -> Path:

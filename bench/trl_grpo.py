@@ -109,7 +109,7 @@ def main(
                 step, more_updates = divmod(state.global_step, updates_per_step)
                 if more_updates:
                     return
-                row = {"step": step, "generated_tokens": generated, "seconds": clock.seconds(),
+                row = {"step": step, "time": time.time(), "generated_tokens": generated, "seconds": clock.seconds(),
                        "reward_mean": batch_logs["reward"], "zero_signal_share": batch_logs["frac_reward_zero_std"],
                        "grad_norm": logs["grad_norm"]}  # fmt: skip
                 print(json.dumps(row), file=log, flush=True)

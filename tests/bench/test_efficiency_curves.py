@@ -12,15 +12,16 @@ curves = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(curves)
 
 
-def curve(*points):
+def curve(*points, start=0.3):
+    points = ((0, start), *points)
     return [{"generated_tokens": tokens, "seconds": tokens / 10, "pass_at_1": score} for tokens, score in points]
 
 
 def test_what_a_score_took_lies_between_two_checkpoints_in_proportion():
     one = curve((100, 0.4), (200, 0.6))
-    assert curves.needed(one, "generated_tokens", 0.5, 0.3) == pytest.approx(150)
-    assert curves.needed(one, "seconds", 0.35, 0.3) == pytest.approx(5)
-    assert curves.needed(one, "seconds", 0.61, 0.3) == float("inf")
+    assert curves.needed(one, "generated_tokens", 0.5) == pytest.approx(150)
+    assert curves.needed(one, "seconds", 0.35) == pytest.approx(5)
+    assert curves.needed(one, "seconds", 0.61) == float("inf")
 
 
 def test_a_score_that_falls_again_does_not_count_as_reached():
@@ -28,7 +29,7 @@ def test_a_score_that_falls_again_does_not_count_as_reached():
     assert curves.monotone([0.4, 0.6, 0.4, 0.7], 0.3) == pytest.approx([0.4, 0.5, 0.5, 0.7])
     assert curves.monotone([0.2, 0.1], 0.3) == [0.3, 0.3]
     one = curve((100, 0.4), (200, 0.6), (300, 0.4), (400, 0.7))
-    assert curves.needed(one, "generated_tokens", 0.55, 0.3) == pytest.approx(325)
+    assert curves.needed(one, "generated_tokens", 0.55) == pytest.approx(325)
 
 
 def test_one_seed_that_never_gets_there_is_told_and_none_stands_for_the_others():
@@ -46,6 +47,7 @@ def test_the_fit_finds_the_sigmoid_that_made_the_points():
 
 
 def test_trials_are_told_from_runs():
-    runs = [{"pool": "dead", "arm": arm, "seed": 1, "curve": arm} for arm in ("A", "A.hot", "C-selection")]
-    assert curves.by_arm(runs, trials=False) == {"dead": {"A": ["A"], "C-selection": ["C-selection"]}}
-    assert curves.by_arm(runs, trials=True) == {"dead": {"A.hot": ["A.hot"]}}
+    one = curve((100, 0.4), start=0.25)
+    runs = [{"pool": "dead", "arm": arm, "seed": 1, "start": 0.25, "curve": one[1:]} for arm in ("A", "A.hot", "C-x")]
+    assert curves.by_arm(runs, trials=False) == {"dead": {"A": [one], "C-x": [one]}}
+    assert curves.by_arm(runs, trials=True) == {"dead": {"A.hot": [one]}}

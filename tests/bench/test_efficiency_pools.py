@@ -49,6 +49,16 @@ def test_nine_prompts_in_ten_of_the_dead_pool_are_hopeless_and_levels_of_a_kind_
     assert shape["prompts_and_live"] == {"code": [70, 10], "maths": [130, 10]}
 
 
+def test_without_labels_the_same_prompts_can_be_checked_as_before(pools, tmp_path, monkeypatch):
+    monkeypatch.setattr(pools, "POOL_PROMPTS", 20)
+    measured(tmp_path, {"maths/2": 0.5, "code/3": 0.1})
+    labelled = read_examples(pools.pool_file(tmp_path, "filtered"))
+    bare = read_examples(pools.pool_file(tmp_path, "filtered", labels=False))
+    assert {(one.task.domain, one.task.level) for one in bare} == {("all", 0)}
+    parts = [[(one.task.prompt, one.task.verifier, one.task.check) for one in some] for some in (labelled, bare)]
+    assert parts[0] == parts[1] and len(bare) == 20
+
+
 def test_what_is_taught_is_not_trained_on_and_nothing_held_out_is_either(pools, tmp_path, monkeypatch):
     monkeypatch.setattr(pools, "GYM_TAUGHT", 500)
     pools.gym_source(tmp_path).write_bytes((BENCH.parent / "recipes" / "reasoning_gym.jsonl.gz").read_bytes())
