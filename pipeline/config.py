@@ -313,7 +313,9 @@ class CurriculumSettings(Section):
     retire_above: Share | None = Field(0.9, description="pass rate from which a task is drawn no more; null: never")
     park_below: Share | None = Field(0.05, description="pass rate up to which it is too hard, for now; null: never")
     retest_every_steps: PositiveInt = Field(20, description="steps after which what is retired or parked is re-tested")
-    retest_rise: Share = Field(0.1, description="rise of its neighbours' pass rate that re-tests a parked task at once")
+    retest_rise: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        0.1, description="rise of its neighbours' pass rate that re-tests a parked task at once"
+    )
     domain_floor: Share = Field(0.1, description="share of the trained tokens that each domain gets at least, "
                                "as long as it gives any")  # fmt: skip
     domain_turns: Literal["equal", "by_size"] = Field(

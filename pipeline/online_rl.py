@@ -34,7 +34,7 @@ from rewards.task import Task
 from rl.controller import LeaseExhausted, NoGeneratorLeft
 from rl.health import HealthMonitor
 from rl.learner import LearnerSettings, PolicyLearner
-from rl.loop import AsyncLoop, HealthStop, LoopSettings, TaskPool
+from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, TaskPool
 from rl.run_state import LEARNER, RunState, RunStates
 from rl.types import (
     GeneratorGone,
@@ -72,7 +72,8 @@ def run(context: StageContext) -> dict[str, Any]:
 
     pool = task_pool(stage.tasks, context.seed, fits)
     if pool.num_too_long:
-        context.emit("note", text=f"{pool.num_too_long} prompts are longer than {room} tokens and are left out")
+        what = "levels whose prompts" if pool.endless else "prompts that"
+        context.emit("note", text=f"{pool.num_too_long} {what} are longer than {room} tokens, left out")
     if not pool.cells:
         raise DataError(f"stages.{stage.name}.tasks: no task fits; lower max_answer_tokens or give other tasks")
     curriculum = curriculum_of(stage, pool, context, fits)
@@ -96,6 +97,9 @@ def run(context: StageContext) -> dict[str, Any]:
             newest = states.newest()
             log = StepLog(context, stage.steps, pool.num_too_long, after=newest[0].protocol.version if newest else 0)
             states.before_publish = log.sync
+            health = HealthMonitor(stage.health_limits())
+            for step in log.steps:  # a resumed run is judged by the same steps as one that was never stopped
+                health.observe(step)
             learner = RemoteLearner(learners, stage.deadline_s)
             loop = AsyncLoop(
                 loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, checkpoints, context.seed),
@@ -110,7 +114,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 learner,
                 graders,
                 states,
-                HealthMonitor(stage.health_limits()),
+                health,
                 on_step=log.write,
                 on_lost=log.write_lost,
                 on_event=context.emit,
@@ -127,7 +131,7 @@ def run(context: StageContext) -> dict[str, Any]:
                 metrics["calibration"] = calibrate(context, curriculum, pool.task_of, final, sandbox)
     except HealthStop as error:
         raise GateStopped(str(error)) from error
-    except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft) as error:
+    except (SandboxUnavailable, LeaseExhausted, NoGeneratorLeft, NothingGraded) as error:
         raise InfrastructureError(str(error)) from error
     finally:
         for actor in learners:

@@ -440,18 +440,20 @@ def _curriculum_numbers(stage: OnlineRlStage) -> Iterator[tuple[str, str]]:
     except ValueError as error:
         yield "band", f"{error}."
         return
-    if curriculum.retire_above is not None and curriculum.retire_above <= high:
+    measures = curriculum.sampler != "uniform"  # which sets nothing aside
+    if measures and curriculum.retire_above is not None and curriculum.retire_above <= high:
         problem = f"{curriculum.retire_above} would retire what the band, up to {high:g}, aims at; raise it, or null."
         yield "retire_above", problem
-    if curriculum.park_below is not None and curriculum.park_below >= low:
+    if measures and curriculum.park_below is not None and curriculum.park_below >= low:
         problem = f"{curriculum.park_below} would park what the band, from {low:g}, aims at; lower it, or null."
         yield "park_below", problem
     sets_aside = curriculum.retire_above is not None or curriculum.park_below is not None
-    if sets_aside and curriculum.explore_share == 0.0 and curriculum.sampler != "uniform":
+    if measures and sets_aside and curriculum.explore_share == 0.0:
         problem = "0 leaves no room to re-test what is retired or parked; raise it, or set retire_above and park_below "
         yield "explore_share", problem + "to null."
     if curriculum.gate == "speed" and curriculum.screen >= stage.group_size:
-        yield "screen", f"{curriculum.screen} of group_size {stage.group_size} leaves nothing to go on with; lower it."
+        problem = f"{curriculum.screen} of group_size {stage.group_size} leaves nothing to go on with; lower it, or "
+        yield "screen", problem + "raise group_size."
     if curriculum.allocator == "knapsack" and curriculum.largest_group < stage.group_size:
         yield "largest_group", f"{curriculum.largest_group} is less than group_size, which is {stage.group_size}."
     if curriculum.min_groups is not None and curriculum.min_groups > stage.groups_per_step:

@@ -7,6 +7,7 @@ next state; what a state says was written is made durable before it.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ class StepLog:
         for part in self._parts.iterdir():
             if part.suffix != ".parquet" or (part.stem.isdigit() and int(part.stem) > after):
                 part.unlink()
-        self._num_lost = sum(part.stem.startswith("lost") for part in self._parts.iterdir())
+        self._lost: Counter[str] = Counter()  # group → times, since this process began: a resumed run loses it again
         self._unsynced: list[Path] = []  # parts
         self._schema = pa.schema(
             [
@@ -74,18 +75,19 @@ class StepLog:
                 "version": one.version, "expected": round(one.choice.expected, 4), "passes": one.passes,
                 "total": one.total, "size": one.choice.size, "kept": one.kept,
             }
-            for one in record.outcomes if not one.choice.prefix
+            for one in record.outcomes if one.total and not one.choice.prefix
         ])  # fmt: skip
         self._append(RENEWED, [
             {"step": record.step, "source": new.source, "parents": list(new.parents), "task": task_to_json(new.task)}
             for new in record.renewed
         ])  # fmt: skip
         metrics = record.metrics
+        rate = {"pass_rate": round(metrics["pass_rate"], 3)} if "pass_rate" in metrics else {}
         self.context.progress(
             record.step,
             self.num_steps,
             "steps",
-            pass_rate=round(metrics["pass_rate"], 3),
+            **rate,
             tokens_per_s=round(metrics["tokens_per_s"]),
             staleness=round(metrics.get("staleness_mean", 0.0), 2),
         )
@@ -97,8 +99,8 @@ class StepLog:
 
     def write_lost(self, group: RolloutGroup) -> None:
         """A group that is not used, graded by nobody or too late: its rollouts stand under step 0 too."""
-        self._num_lost += 1
-        self._write_rollouts(self._rollout_rows([group], 0), f"lost-{self._num_lost:06}")
+        self._lost[group.group_id] += 1
+        self._write_rollouts(self._rollout_rows([group], 0), f"lost-{group.group_id}-{self._lost[group.group_id]}")
 
     def _rollout_rows(self, groups: Sequence[RolloutGroup], step: int) -> list[dict[str, Any]]:
         return [

@@ -24,6 +24,8 @@ from rl.renewal import Renewal, RenewalRules
 
 HARDEST, EASIEST = 5.0, 1.0  # a judge's scores: `judges/verdict.py`
 TURN_SEEDS = 2**64  # generated tasks of a slot's turns are that far apart: further than slots of any run
+REDRAW_SEEDS = 2**96  # and those drawn in the place of one that does not fit, further than turns
+PROBES, REDRAWS = 8, 256  # a level is left out where fewer than half of so many tasks fit; then one of so many does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +35,7 @@ class Pool:
     cells: dict[str, tuple[str, int]]  # the curriculum's entry → (domain, level)
     task_of: Callable[[str, int, int], Task]  # (entry, slot, turn) → task
     tasks: dict[str, Task] = field(default_factory=dict)  # entry → its task, where it has but one
-    num_too_long: int = 0  # tasks left out
+    num_too_long: int = 0  # tasks left out; of generated ones, levels
 
     @property
     def endless(self) -> bool:
@@ -41,11 +43,14 @@ class Pool:
 
 
 def task_pool(source: TaskSource, seed: int, fits: Callable[[Task], bool]) -> Pool:
-    """Generated tasks: an entry is a (domain, level) and never runs dry. A data set: an entry is one prompt that
-    fits."""
+    """Generated tasks: an entry is a (domain, level) and never runs dry. A data set: an entry is one prompt that fits;
+    DataError where a task_id stands for two."""
     if isinstance(source, DatasetTasks):
-        tasks = load_tasks(source, seed)
-        kept = {task.task_id: task for task in tasks if fits(task)}
+        tasks: dict[str, Task] = {}
+        for task in load_tasks(source, seed):
+            if tasks.setdefault(task.task_id, task).prompt != task.prompt:
+                raise DataError(f"{source.dataset}: task_id {task.task_id!r} stands for two prompts; give each its own")
+        kept = {name: task for name, task in tasks.items() if fits(task)}
         return Pool(
             cells={name: (task.domain, task.level) for name, task in kept.items()},
             task_of=lambda entry, slot, turn: kept[entry],
@@ -58,11 +63,22 @@ def task_pool(source: TaskSource, seed: int, fits: Callable[[Task], bool]) -> Po
     levels = range(source.levels[0], source.levels[1] + 1)
     cells = {f"{domain}/{level}": (str(domain), level) for domain in source.domains for level in levels}
 
-    def task_of(entry: str, slot: int, turn: int) -> Task:
+    def draws(entry: str, first: int, count: int) -> Iterator[Task]:
         domain, level = cells[entry]
-        return generate(domain, level, seed * 1_000_003 + slot + turn * TURN_SEEDS, "train")
+        return (generate(domain, level, first + redraw * REDRAW_SEEDS, "train") for redraw in range(count))
 
-    return Pool(cells=cells, task_of=task_of)
+    def task_of(entry: str, slot: int, turn: int) -> Task:
+        first = seed * 1_000_003 + slot + turn * TURN_SEEDS
+        task = next(filter(fits, draws(entry, first, REDRAWS)), None)
+        if task is None:
+            raise DataError(f"{entry}: none of {REDRAWS} tasks leaves room for an answer; lower max_answer_tokens")
+        return task
+
+    fitting = {
+        name: cell for name, cell in cells.items()
+        if 2 * sum(map(fits, draws(name, seed * 1_000_003, PROBES))) >= PROBES
+    }  # fmt: skip
+    return Pool(cells=fitting, task_of=task_of, num_too_long=len(cells) - len(fitting))
 
 
 def curriculum_of(
@@ -116,6 +132,7 @@ def curriculum_rules(stage: OnlineRlStage) -> CurriculumRules:
     return CurriculumRules(
         band=reachable_band(stage.group_size, settings.band),
         group_size=stage.group_size,
+        smallest_group=stage.objective.pass_at_k + 1,
         explore_share=settings.explore_share,
         prefix_share=settings.prefix_share,
         max_resamples=settings.max_resamples,

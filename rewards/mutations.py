@@ -68,8 +68,10 @@ def wrap(parents: Sequence[Task], rng: random.Random) -> Task | None:
     parent = parents[0]
     if parent.verifier != "humaneval":
         return None
-    name = parent.check["entry_point"]
-    prompt = f"{parent.prompt.strip()}\nBut let {name} return a list that holds this value alone."
+    change = f"But let {parent.check['entry_point']} return a list that holds this value alone."
+    if change in parent.prompt:  # said twice it would still ask for one list
+        return None
+    prompt = f"{parent.prompt.strip()}\n{change}"
     # The old tests, of a candidate that insists on the list and hands on what is inside.
     test = f"""{parent.check["test"]}
 
@@ -104,7 +106,7 @@ def written(value: Fraction) -> str:
 
 
 def _number(task: Task) -> Fraction | None:
-    return plain_number(task.check["answer"]) if task.verifier == "number" else None
+    return plain_number(str(task.check["answer"])) if task.verifier == "number" else None
 
 
 def _is_int(value: Any) -> bool:

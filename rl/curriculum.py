@@ -59,7 +59,6 @@ GATES: dict[str, Callable[[CurriculumRules], Gate]] = {
     "dapo": lambda rules: Dapo(),
     "speed": lambda rules: Speed(rules.screen, rules.rare_answers),
 }
-SMALLEST_GROUP = 2  # fewer answers cannot differ
 LENGTH_MEMORY = 0.9  # of the mean length of a domain's answers, per step
 SIGNAL_MEMORY = 0.9  # of the share of groups that are kept, per step
 KEPT_AT_FIRST, SAMPLED_AT_FIRST = 4.0, 8.0  # groups: before anything is known, every other one is kept
@@ -74,6 +73,7 @@ class CurriculumRules:
     max_resamples: int  # tasks that may take the place of a slot's first, where the gate replaces
     min_groups: int | None = None  # they do so only where a step would keep fewer by itself; None: always
     allocator: Literal["fixed", "knapsack"]
+    smallest_group: int = 2  # of the knapsack; fewer answers than two cannot differ
     largest_group: int  # of the knapsack
     screen: int  # answers; of gate speed
     rare_answers: float  # of gate speed
@@ -172,13 +172,13 @@ class Curriculum:
 
     def _candidates(self, domain: int, count: int) -> Ids:
         """What the sampler may choose from: neither retired nor parked, nor, of prompts, on its way already. Where that
-        is too little, what is on its way; where there is nothing, everything."""
+        is too little, what is on its way; where there is nothing, everything but what is given up for good."""
         ids = self._ids_of[domain]
         able = ids[self.difficulty.state[ids] <= ACTIVE]
         idle = able[self._open[able] == 0]
         if not self.entries.endless and len(idle) >= count:
             return idle
-        return able if len(able) else ids
+        return able if len(able) else ids[~self.difficulty.given_up(ids)]
 
     def _at_random(self, ids: Ids, count: int, rng: np.random.Generator) -> Ids:
         return rng.choice(ids, count, replace=self.entries.endless or count > len(ids))
@@ -206,7 +206,7 @@ class Curriculum:
         costs = [self.answer_tokens.get(domain, mean) for domain in domains]
         return allocate(
             list(zip(alpha.tolist(), beta.tolist())), budget=self.rules.group_size * sum(costs),
-            smallest=SMALLEST_GROUP, largest=self.rules.largest_group, costs=costs,
+            smallest=self.rules.smallest_group, largest=self.rules.largest_group, costs=costs,
         )  # fmt: skip
 
     # --- while sampling: nothing changes -----------------------------------------------------------------------------
@@ -223,11 +223,15 @@ class Curriculum:
 
     # --- after the step ----------------------------------------------------------------------------------------------
 
-    def learn(self, version: int, outcomes: Sequence[Outcome], planned: Iterable[Choice]) -> list[StateChange]:
+    def learn(
+        self, version: int, outcomes: Sequence[Outcome], planned: Iterable[Choice],
+        replayed: Mapping[str, int] | None = None,
+    ) -> list[StateChange]:  # fmt: skip
         """The learner is at `version`: what became of the groups of its last step, in the order of slots and turns.
-        `planned`: all choices of that step's slots, those that nobody came to included."""
+        `planned`: all choices of that step's slots, those that nobody came to included. `replayed`: tokens of older
+        groups that it was trained on again, by domain."""
         np.subtract.at(self._open, [self.entries.id_of[choice.entry] for choice in planned], 1)
-        trained: Counter[str] = Counter()
+        trained = Counter(replayed)
         lengths: dict[str, list[float]] = {}
         for outcome in outcomes:
             domain = self.domain_of(outcome.choice.entry)
@@ -241,7 +245,7 @@ class Curriculum:
         self.gate.learn(outcomes)
         self.kept_groups = SIGNAL_MEMORY * self.kept_groups + sum(one.kept for one in outcomes)
         self.sampled_groups = SIGNAL_MEMORY * self.sampled_groups + len(outcomes)
-        alone = [one for one in outcomes if not one.choice.prefix]
+        alone = [one for one in outcomes if one.total and not one.choice.prefix]
         seen_now = [Observation(one.choice.entry, one.passes, one.total, one.version) for one in alone]
         changes = self.difficulty.learn(version, seen_now)
         if self.rules.prefix_share:
@@ -249,7 +253,7 @@ class Curriculum:
             right = {one.choice.entry: one.right for one in shortest_last}
             self.prefixes.learn(version, right, self.difficulty)
         if self.renewal is not None:
-            self.renewal.learn(outcomes)
+            self.renewal.learn(alone)
             self.renewed = self.renewal.renew(version, self.difficulty)
             self._add(self.renewed)
         return changes

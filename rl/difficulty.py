@@ -288,6 +288,8 @@ class Difficulty:
         """The state of an entry that was just tried; None where it stays what it was."""
         entry, rules = self.entries.id_of[name], self.rules
         before = int(self.state[entry])
+        if self.given_up(entry):  # it was on its way when its place was given away
+            return None
         passes, fails = float(self.passes[entry]), float(self.fails[entry])
         rate = (PRIOR + passes) / (2 * PRIOR + passes + fails)  # its own answers alone: neighbours retire nobody
         after = ACTIVE
@@ -327,9 +329,13 @@ class Difficulty:
         """These retired entries are never tested again."""
         self.due[ids] = NEVER
 
+    def given_up(self, ids: Ids | int) -> npt.NDArray[np.bool_]:
+        """Which of these entries are retired for good."""
+        return (self.state[ids] == RETIRED) & (self.due[ids] == NEVER)
+
     def num_alive(self, ids: Ids) -> int:
         """How many of these entries are not given up."""
-        return len(ids) - int(((self.state[ids] == RETIRED) & (self.due[ids] == NEVER)).sum())
+        return len(ids) - int(self.given_up(ids).sum())
 
     def num_due(self) -> int:
         """Retired or parked entries that wait for their re-test."""

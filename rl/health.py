@@ -130,7 +130,7 @@ def dead_signal(steps: list[Mapping[str, Any]]) -> str:
     if always("truncated_share", 1.0):
         return "every answer is cut off: raise max_answer_tokens, or the policy never ends an answer"
     if always("signal_share", 0.0):
-        rate = sum(step["pass_rate"] for step in steps) / len(steps)
+        rate = sum(step.get("pass_rate", 0.0) for step in steps) / len(steps)
         return (
             f"no group has both right and wrong answers (pass rate {rate:.2f}): choose "
             f"{'harder' if rate > 0.5 else 'easier'} tasks, or look at the verifier"

@@ -64,6 +64,10 @@ class HealthStop(RuntimeError):
     """A number says that going on would train a broken model."""
 
 
+class NothingGraded(RuntimeError):
+    """Not one answer of several steps in a row could be graded: that is no fault of their tasks."""
+
+
 class GradientNotFinite(HealthStop):
     """The gradient is infinite or not a number; the step was not taken."""
 
@@ -113,6 +117,8 @@ class StepRecord:
 
 
 LAG_PROBE_S = 0.2
+GRADINGS = 2  # of answers to a task that nobody can grade, before its slot goes on without it
+UNGRADED_STEPS = 3  # in a row, after which the run ends
 Work = Callable[[], Awaitable[protocol.Event]]
 
 
@@ -145,6 +151,8 @@ class AsyncLoop:
         # Slot, attempt → what is on its way to the controller.
         self.answered: dict[tuple[int, int], tuple[Part, Verdict]] = {}
         self.together: dict[tuple[int, int], tuple[str, int]] = {}  # slot, attempt → the batch that it is sampled in
+        self.ungraded: Counter[tuple[int, int]] = Counter()  # slot, turn → times that not one answer could be graded
+        self.ungraded_steps = 0  # in a row
         self.published: dict[int, Published] = {}  # version → what the learner wrote, while its file is there
         self.timings = Timings()
         self.idle = [IdleClock() for _ in generators]
@@ -267,7 +275,8 @@ class AsyncLoop:
             self.num_planned = step + 1
 
     async def _sample_group(self, lease: protocol.Lease, leased_at: int) -> protocol.Event:
-        """A group, or the next part of one. Where every answer is ungraded it is lost."""
+        """A group, or the next part of one. Where every answer is ungraded it is lost and sampled once more, in case
+        that was the sandbox's fault; if it was the task's, the slot then goes on to its next one."""
         slot, place = lease.slot, self.places[lease.slot]
         choice, turn, before = place.choice, place.turn, place.rollouts
         task = self.pool.task_of(choice.entry, slot, turn)
@@ -290,12 +299,17 @@ class AsyncLoop:
         tokens = sum(len(answer.token_ids) for answer in answers)
         self.generated_tokens += tokens
         self.timings.generated_tokens += tokens
-        rollouts = await self._graded(f"{slot}.{turn}" if turn else f"{slot}", task, prefix, answers)
+        group_id = f"{slot}.{turn}" if turn else f"{slot}"
+        rollouts = await self._graded(group_id, task, prefix, answers)
         part = Part(task=task, prompt_ids=prompt_ids, rollouts=rollouts, leased_at=leased_at)
-        if all(rollout.score is None for rollout in (*before, *rollouts)):
-            self.on_lost(part.group())  # what is dropped can still be read on disk
-            return protocol.GroupLost(slot, lease.attempt, f"ungraded: {rollouts[0].reason}")
-        verdict = self.curriculum.verdict(choice, [self._shaped(rollout) for rollout in (*before, *rollouts)])
+        if any(rollout.score is not None for rollout in (*before, *rollouts)):
+            verdict = self.curriculum.verdict(choice, [self._shaped(rollout) for rollout in (*before, *rollouts)])
+        else:
+            self.ungraded[slot, turn] += 1
+            if self.ungraded[slot, turn] < GRADINGS:
+                self.on_lost(part.group())  # what is dropped can still be read on disk
+                return protocol.GroupLost(slot, lease.attempt, f"ungraded: {rollouts[0].reason}")
+            verdict = "replace"
         self.answered[slot, lease.attempt] = part, verdict
         versions = [version for answer in answers for version in answer.versions]
         event = protocol.GroupReady if place.settles(verdict) else protocol.PartReady
@@ -338,6 +352,14 @@ class AsyncLoop:
         for key in [key for key in self.answered if key[0] in slots]:
             late, _ = self.answered.pop(key)  # came after its generator had been given up
             self.on_lost(late.group())
+        self.ungraded = Counter({key: times for key, times in self.ungraded.items() if key[0] not in slots})
+        answers = [answer for place in places for _, group in place.outcomes() for answer in group.rollouts]
+        self.ungraded_steps = 0 if any(answer.score is not None for answer in answers) else self.ungraded_steps + 1
+        if self.ungraded_steps == UNGRADED_STEPS:
+            raise NothingGraded(
+                f"step {step + 1}, the {UNGRADED_STEPS}rd in a row of which not one answer could be graded, the last "
+                f"for: {answers[-1].reason}"
+            )
         fresh = [place.group for place in places if place.group]
         again = to_replay(
             self.replayable, step, for_steps=self.settings.replay_steps, max_staleness=self.settings.max_staleness
@@ -355,7 +377,10 @@ class AsyncLoop:
             self.replayable = [*again, *(Replayable(step=step, group=one) for one in fresh if trained[one.group_id])]
         outcomes = [one for slot, place in zip(slots, places) for one in outcomes_of(slot, place, trained)]
         planned = [choice for place in places for choice in place.choices]
-        for change in self.curriculum.learn(step + 1, outcomes, planned):
+        replayed: Counter[str] = Counter()
+        for one in again:
+            replayed[one.group.task.domain] += trained[one.group.group_id]
+        for change in self.curriculum.learn(step + 1, outcomes, planned, replayed):
             self.on_event("task_state", step=step + 1, **asdict(change))
         if self.curriculum.renewed:
             sources = Counter(new.source for new in self.curriculum.renewed)
@@ -364,7 +389,7 @@ class AsyncLoop:
         self.trained_tokens += report.trained_tokens
         for text in report.extras.get("notes", ()):
             self.on_event("note", text=text)
-        self._record(step, places, outcomes, report, waited, num_replayed=len(again))
+        self._record(step, places, outcomes, report, waited, len(again), replayed)
         if self.settings.checkpoint_every and (step + 1) % self.settings.checkpoint_every == 0:
             await self.learner.save(self.settings.checkpoint_path.format(step=step + 1))
         return protocol.StepDone(report.version, report.published.digest)
@@ -403,7 +428,7 @@ class AsyncLoop:
 
     def _record(
         self, step: int, places: Sequence[Place], outcomes: Sequence[Outcome], report: StepReport, waited: float,
-        *, num_replayed: int,
+        num_replayed: int, replayed: Counter[str],
     ) -> None:  # fmt: skip
         now = time.perf_counter()
         seconds = now - self.timings.last_step_end
@@ -428,6 +453,7 @@ class AsyncLoop:
             "sync_ms": self.timings.sync_ms,
             "tokens_per_s": self.timings.generated_tokens / seconds,
         }  # fmt: skip
+        metrics["trained_tokens_by_domain"] = dict(Counter(metrics["trained_tokens_by_domain"]) + replayed)
         metrics |= self.curriculum.metrics()
         self.timings.generated_tokens, self.timings.last_step_end, self.timings.loop_lag_s = 0, now, 0.0
         record = StepRecord(

@@ -5,9 +5,9 @@ what they teach. No torch, ray or vllm.
                       where it can make none, the next best is asked, and where none can, that is all for now
       generators      of the domains whose own tasks the pool holds, at the level nearest the middle of the band
       mutations       `rewards/mutations.py` of prompts that the policy mostly solves: a verifier knows the new answer
-    a prompt is refused that is in the pool, or near one that is held out, that does not fit, or for which the pool has
-    no room: synthetic prompts are at most a given share of it. One that is retired gives its place to a new one, and is
-    never tested again
+    a prompt is refused that is in the pool, or near one that is held out (by words that none of the pool's own prompts
+    has: those are a data set's wording), that does not fit, or for which the pool has no room: synthetic prompts are at
+    most a given share of it. One that is retired gives its place to a new one, and is never tested again
     admitted, it is new to the curriculum like any other, which finds out how hard it is, retires it or parks it
 
 Deterministic: what is made at a version depends on the seed and on what was learnt until then.
@@ -26,7 +26,7 @@ import numpy as np
 
 from rewards.domains import LEVELS, generate, is_generated
 from rewards.mutations import MUTATIONS, PARENTS
-from rewards.task import UNKNOWN_LEVEL, Task, split_of
+from rewards.task import Task, split_of
 from rl.difficulty import Difficulty
 from rl.gates import Outcome
 
@@ -59,10 +59,13 @@ class Overlap:
     """Whether a prompt is one that is known, or near one that is held out."""
 
     def __init__(self, known: Iterable[str], held_out: Iterable[str]) -> None:
-        self.known = {folded(prompt) for prompt in known}
         self.held_out: set[tuple[str, ...]] = set()
         for prompt in held_out:
             self.held_out |= ngrams(prompt)
+        self.known: set[str] = set()
+        for prompt in known:
+            self.known.add(folded(prompt))
+            self.held_out -= ngrams(prompt)
 
     def reason(self, prompt: str) -> str:
         """To refuse it; empty where there is none."""
@@ -193,7 +196,7 @@ class Frontier:
     def level(self, domain: str) -> int:
         """The level whose pass rate is nearest the middle of the band; one more than the hardest that was tried where
         even that is solved. The easiest where nothing is known."""
-        known = {level: rate for (of, level), rate in self.rate.items() if of == domain and level != UNKNOWN_LEVEL}
+        known = {level: rate for (of, level), rate in self.rate.items() if of == domain and level in LEVELS}
         if not known:
             return LEVELS[0]
         hardest = max(known)

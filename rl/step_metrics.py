@@ -35,7 +35,7 @@ def answer_metrics(
     """The metrics of all that was sampled for a step. `shaped`: an answer's score as it is trained on.
 
     A kept group is without signal where none of its tokens was trained on, a discarded one where its scores are alike.
-    `kept` are in the order of their outcomes.
+    `kept` are in the order of their outcomes. Where nobody could grade anything there is no mean score.
     """
     groups = [*kept, *discarded]
     rollouts = [rollout for group in groups for rollout in group.rollouts]
@@ -49,9 +49,8 @@ def answer_metrics(
     trained: Counter[str] = Counter()
     for group, outcome in zip(kept, kept_outcomes, strict=True):
         trained[group.task.domain] += outcome.trained_tokens
-    return {
-        "reward_mean": sum(scores) / len(scores),
-        "pass_rate": sum(score >= 1.0 for score in scores) / len(scores),
+    means = {"reward_mean": sum(scores), "pass_rate": sum(score >= 1.0 for score in scores)}
+    return {name: total / len(scores) for name, total in means.items() if scores} | {
         "answer_tokens_mean": sum(len(rollout.answer.token_ids) for rollout in rollouts) / len(rollouts),
         "truncated_share": sum(rollout.answer.finish_reason == "length" for rollout in rollouts) / len(rollouts),
         "repetition_share": sum(is_looping(rollout.answer.token_ids) for rollout in rollouts) / len(rollouts),

@@ -75,6 +75,13 @@ def test_a_step_leaves_its_rollouts_what_its_groups_said_and_the_posteriors(tmp_
     states = [row for row in posteriors if "state" in row]
     assert {row["cell"] for row in states} == ({turns[0].entry, turns[1].entry} if tasks else {"maths/2"})
     assert log.summary()["tokens_discarded"] == 4 and log.summary()["signal_share"] == 0.5
+    for _ in range(2):  # lost twice, and both times again by the run that goes on
+        log = StepLog(context, 9, after=4)
+        for _ in range(2):
+            log.write_lost(group("7.1", [None, None]))
+        log.close()
+    parts = {path.stem: pq.read_table(path).num_rows for path in (tmp_path / ".resume" / "rollouts").iterdir()}
+    assert parts == {"lost-7.1-1": 2, "lost-7.1-2": 2}
     resumed = StepLog(context, 9, after=4)
     resumed.close()
     assert (tmp_path / "observations.jsonl").read_text() == "", "undone with its step"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from stages import asked, fits, stage
 
-from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks
+from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks, OnlineRlStage
+from pipeline.data import Example, write_examples
 from pipeline.errors import DataError
 from pipeline.task_pool import Pool, curriculum_of, curriculum_rules, held_out_prompts, judged_rates, task_pool
-from rewards.task import split_of
+from rewards.task import Task, split_of
 
 
 def test_generated_tasks_of_every_slot_and_turn_are_their_own() -> None:
@@ -24,6 +26,35 @@ def test_generated_tasks_of_every_slot_and_turn_are_their_own() -> None:
     assert len(ids) == 20
     assert pool.task_of("maths/3", 2, 1) == pool.task_of("maths/3", 2, 1)
     assert pool.task_of("maths/3", 2, 0).task_id == f"maths/3/train/{7 * 1_000_003 + 2}"
+
+
+def test_generated_tasks_that_leave_no_room_are_drawn_again_and_levels_of_such_left_out() -> None:
+    source = GeneratedTasks(domains=["maths"], levels=(2, 8))
+
+    def short(task: Task) -> bool:
+        return len(task.prompt) < 27
+
+    free, pool = task_pool(source, 7, fits), task_pool(source, 7, short)
+    assert 0 < pool.num_too_long < 7 and len(pool.cells) == 7 - pool.num_too_long
+    drawn = {(name, slot): pool.task_of(name, slot, 0) for name in pool.cells for slot in range(40)}
+    assert all(short(task) and task.level == pool.cells[name][1] for (name, _), task in drawn.items())
+    first = {key: free.task_of(*key, 0) for key in drawn}
+    redrawn = [key for key in drawn if drawn[key] != first[key]]
+    assert redrawn and not any(short(first[key]) for key in redrawn), "what fits stays what it was"
+    assert task_pool(source, 7, lambda task: False).cells == {}
+
+
+def test_one_id_for_two_prompts_is_refused_and_one_prompt_twice_is_one(tmp_path: Path) -> None:
+    prompts = [f"what is {i}?" for i in range(40)]
+    one, other = [prompt for prompt in prompts if split_of(prompt) == "train"][:2]
+    path = tmp_path / "some.jsonl"
+    source = DatasetTasks(dataset=str(path), format="examples")
+    write_examples(path, [Example(replace(asked(prompt), task_id="x"), "") for prompt in (one, one)])
+    pool = task_pool(source, 1, fits)
+    assert (len(pool.cells), pool.num_too_long) == (1, 0)
+    write_examples(path, [Example(replace(asked(prompt), task_id="x"), "") for prompt in (one, other)])
+    with pytest.raises(DataError, match=r"some\.jsonl: task_id 'x' stands for two prompts"):
+        task_pool(source, 1, fits)
 
 
 def test_prompts_of_a_data_set_are_entries_of_one_cell(tmp_path: Path) -> None:
@@ -71,6 +102,12 @@ def test_a_judges_scores_become_pass_rates(tmp_path: Path) -> None:
     context = SimpleNamespace(inputs={"keep": tmp_path}, seed=1)
     chosen = curriculum_of(stage(judge="keep", judge_strength=10.0), levels, context, fits)
     assert list(zip(*chosen.difficulty.posterior(chosen.entries.cell))) == [(7.25, 4.75), (1.0, 11.0), (1.0, 1.0)]
+
+
+def test_a_group_has_an_answer_more_than_the_k_of_its_advantage() -> None:
+    section = stage().model_dump() | {"objective": {"advantage": "pass_at_k", "pass_at_k": 4}}
+    assert curriculum_rules(OnlineRlStage(**section)).smallest_group == 5
+    assert curriculum_rules(stage()).smallest_group == 2
 
 
 def test_the_control_arm_knows_no_difficulty() -> None:

@@ -76,15 +76,20 @@ def test_a_wrapped_humaneval_task_asks_for_the_list_and_still_tests_the_value(sa
         assert grade(task, f"```python\ndef inc(x):\n    return {body}\n```", sandbox).value == value, body
 
 
-def test_a_task_that_was_wrapped_twice_asks_for_a_list_in_a_list(sandbox) -> None:
-    tests = "def check(candidate):\n    assert candidate(1) == 2\n"
-    check = {"prompt": "def inc(x):\n    'One more.'\n", "entry_point": "inc", "test": tests}
+def test_a_wrapped_task_is_not_wrapped_again() -> None:
+    """The same sentence twice asks for the same list."""
+    check = {"prompt": "def inc(x):\n    'One more.'\n", "entry_point": "inc", "test": "def check(candidate): ..."}
     task = Task(task_id="h0", domain="code", level=0, prompt="Add one.", verifier="humaneval", check=check)
-    for _ in range(2):
-        task = wrap([task], random.Random(0))
-    assert task.level == UNKNOWN_LEVEL, "what is harder than nobody knows what"
-    for body, value in (("[[x + 1]]", 1.0), ("[x + 1]", 0.0), ("[[x]]", 0.0)):
-        assert grade(task, f"```python\ndef inc(x):\n    return {body}\n```", sandbox).value == value, body
+    once = wrap([task], random.Random(0))
+    assert once is not None and once.level == UNKNOWN_LEVEL, "what is harder than nobody knows what"
+    assert wrap([once], random.Random(0)) is None
+
+
+def test_an_answer_may_be_a_json_number(sandbox) -> None:
+    task = Task(task_id="n", domain="maths", level=1, prompt="How many?", verifier="number", check={"answer": 5})
+    assert grade(task, "#### 5", sandbox).value == 1.0
+    mutated = go_on([task], random.Random(0))
+    assert mutated is not None and combine([task, number("1", prompt="And?")], random.Random(0)) is not None
 
 
 def test_what_does_not_apply_is_none() -> None:

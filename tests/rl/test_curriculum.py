@@ -152,6 +152,14 @@ def test_what_is_planned_depends_on_what_was_learnt_and_not_on_how_often_anybody
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
+def test_no_group_of_the_knapsack_is_too_small_for_the_advantage():
+    """pass@3's needs three answers beside each."""
+    one = curriculum(allocator="knapsack", decay=1.0, sampler="uniform", smallest_group=4, group_size=6)
+    live(one, lambda entry: 0.98 if entry[-1] in "12" else 0.3, 10)
+    sizes = [turns[0].size for turns in one.plan(range(240, 272))]
+    assert min(sizes) == 4 < max(sizes)
+
+
 def test_the_knapsack_gives_the_budget_of_equal_groups_to_those_who_need_it():
     one = curriculum(allocator="knapsack", decay=1.0, sampler="uniform")
     live(one, lambda entry: {1: 0.98, 2: 0.5, 3: 0.15, 4: 0.5, 5: 0.5}[int(entry[-1])], 30)

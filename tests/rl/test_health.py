@@ -42,6 +42,18 @@ def test_a_step_without_a_metric_is_not_judged_by_it():
     assert HealthMonitor(DEFAULT_LIMITS).observe(FINE) == []
 
 
+def test_a_monitor_that_is_shown_the_steps_before_a_resume_judges_as_one_that_saw_them():
+    """The first steps alone are asked whether anything is learnt at all; later ones may carry no signal."""
+    dull = FINE | {"signal_share": 0.0, "pass_rate": 0.0}
+    steps = [FINE] * 7 + [dull] * DEAD_STEPS
+    whole, resumed = HealthMonitor(DEFAULT_LIMITS), HealthMonitor(DEFAULT_LIMITS)
+    expected = [whole.observe(step) for step in steps]
+    for step in steps[:7]:
+        resumed.observe(step)
+    assert [resumed.observe(step) for step in steps[7:]] == expected[7:]
+    assert not any(finding.action == "stop" for findings in expected for finding in findings)
+
+
 def test_an_answer_that_says_the_same_thing_again_and_again():
     assert is_looping([5, 6, 7, 7, 7, 7]) and is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3])
     assert not is_looping([7, 7, 7]) and not is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 4]) and not is_looping([])

@@ -14,7 +14,7 @@ from curricula import levels
 from rewards.task import Score, Task, Ungraded
 from rl.curriculum import Curriculum
 from rl.health import HealthMonitor, Limit
-from rl.loop import AsyncLoop, HealthStop, LoopSettings, TaskPool
+from rl.loop import AsyncLoop, HealthStop, LoopSettings, NothingGraded, TaskPool
 from rl.run_state import LEARNER, RunStates
 from rl.types import GeneratorGone, Probe, Published, SampledAnswer, StepReport, SyncRefused, SyncReport
 
@@ -270,13 +270,31 @@ def test_an_ungraded_answer_is_never_scored_zero():
     assert not any(learner.batches[0].advantages)
 
 
-def test_a_group_nobody_could_grade_is_leased_again_then_given_up():
-    from rl.controller import LeaseExhausted
+def test_steps_of_which_nobody_could_grade_anything_end_the_run():
+    lost, records = [], []
+    with pytest.raises(NothingGraded, match="step 3, the 3rd in a row .* graded, the last for: sandbox died"):
+        run(EchoGenerator(), CountingLearner(), grade=lambda task, text: Ungraded("sandbox died"), lost=lost,
+            records=records)  # fmt: skip
+    assert [record.metrics["ungraded"] for record in records] == [4, 4] and "pass_rate" not in records[0].metrics
+    assert len(lost) >= 2 and all(rollout.score is None for group in lost for rollout in group.rollouts)
+
+
+@pytest.mark.parametrize("gate, max_resamples", [("none", 3), ("dapo", 0), ("speed", 2)])
+def test_a_task_that_nobody_can_grade_costs_its_slot_and_not_the_run(gate, max_resamples):
+    """Its answers are drawn with the same seed whenever they are sampled again."""
+
+    def grade(task, text):
+        return Ungraded("the tests did not run") if task.level == 3 else Score(float(text) % 2, "ok")
 
     lost = []
-    with pytest.raises(LeaseExhausted, match="sandbox died"):
-        run(EchoGenerator(), CountingLearner(), grade=lambda task, text: Ungraded("sandbox died"), lost=lost)
-    assert len(lost) >= 3 and all(rollout.score is None for group in lost for rollout in group.rollouts)
+    records, _, loop = run(EchoGenerator(), CountingLearner(), grade=grade, steps=12, cells=4, sampler="uniform",
+                           gate=gate, max_resamples=max_resamples, screen=2, group_size=3, lost=lost)  # fmt: skip
+    given_up = [group for record in records for group in record.discarded if group.task.level == 3]
+    assert len(records) == 12 and given_up and all(answer.score is None for g in given_up for answer in g.rollouts)
+    assert [group.group_id for group in lost] == list(dict.fromkeys(group.group_id for group in lost)), "once more each"
+    assert {group.group_id for group in given_up} <= {group.group_id for group in lost}
+    of_level = loop.curriculum.entries.id_of["maths/3"]
+    assert loop.curriculum.difficulty.tried[of_level] == 0 and not loop.ungraded
 
 
 def test_a_gradient_that_is_not_finite_stops_the_run():
@@ -447,16 +465,17 @@ def test_a_run_that_is_killed_again_and_again_trains_on_every_group_once_and_in_
         assert loop.curriculum.state() == uninterrupted.curriculum.state()
 
 
+class OneStepAhead(EchoGenerator):
+    """Answers for a step once it holds the weights of the one before: no engine is faster than that."""
+
+    async def sample(self, request):
+        step = int(request.request_id.removeprefix("slot").split(".")[0]) // 2
+        while self.version < step - 1:
+            await asyncio.sleep(0)
+        return await super().sample(request)
+
+
 def test_a_group_with_signal_is_trained_on_again_until_a_token_of_it_is_too_old():
-    class OneStepAhead(EchoGenerator):
-        """Answers for a step once it holds the weights of the one before: no engine is faster than that."""
-
-        async def sample(self, request):
-            step = int(request.request_id.removeprefix("slot").split(".")[0]) // 2
-            while self.version < step - 1:
-                await asyncio.sleep(0)
-            return await super().sample(request)
-
     learner = CountingLearner()
     records, _, _ = run(OneStepAhead(), learner, steps=6, max_staleness=2, replay_steps=2)
     for step, batch in enumerate(learner.batches):
@@ -467,6 +486,20 @@ def test_a_group_with_signal_is_trained_on_again_until_a_token_of_it_is_too_old(
     replayed = [record.metrics["groups_replayed"] for record in records]
     assert replayed[0] == 0 and all(count >= 2 for count in replayed[1:]), replayed
     assert records[-1].metrics["generated_tokens"] == 6 * 2 * 2
+
+
+def test_floors_count_what_is_trained_on_again():
+    every = lambda task, text: Score(float(task.domain == "maths" and text == "0"), "ok")  # noqa: E731
+    records, _, loop = run(OneStepAhead(), CountingLearner(), every, steps=3, max_staleness=2, replay_steps=2)
+    again = [record.metrics["groups_replayed"] for record in records]
+    trained = [record.metrics["trained_tokens_by_domain"] for record in records]
+    assert again[0] == 0 < again[2]
+    for count, tokens in zip(again, trained):  # two fresh groups of two answers of a token each
+        assert tokens == {"maths": 2 * (2 + count)}
+    expected = 0.0
+    for tokens in trained:
+        expected = 0.8 * expected + tokens["maths"]
+    assert loop.curriculum.mix.tokens["maths"] == pytest.approx(expected)
 
 
 def test_a_group_without_signal_is_not_replayed():

@@ -137,6 +137,46 @@ def test_what_is_known_held_out_or_too_long_is_refused() -> None:
     assert chooser.renewed == [] and chooser.renewal.refused["too long"] > 0
 
 
+def test_the_wording_of_a_data_set_is_near_nothing() -> None:
+    """HumanEval's every prompt begins with the same fifteen words and signs."""
+    wording = "Complete this Python function. Answer with the whole program. Write nothing else around it, please."
+    overlap = Overlap(
+        [f"{wording} Add {i}." for i in range(3)],
+        [f"{wording} Reverse the words of every line, last first, and drop the empty ones."],
+    )
+    ours = next(f"{wording} Add {i}." for i in range(9, 99) if split_of(f"{wording} Add {i}.") == "train")
+    assert overlap.reason(ours) == ""
+    near = (f"{i}. Reverse the words of every line, last first, and drop the empty ones." for i in range(99))
+    assert overlap.reason(next(one for one in near if split_of(one) == "train")) == "held out"
+
+
+def test_a_prompt_that_was_on_its_way_when_its_place_was_taken_does_not_come_back() -> None:
+    chooser = of(renewal([number(i) for i in range(30)], share=0.25, prompts=10))
+    chooser.learn(1, [outcome(f"n{i}", 16) for i in range(6)], [])
+    first = [new.task.task_id for new in chooser.renewed]
+    chooser.learn(2, [outcome(name, 16, 1) for name in first[:4]], [])
+    for late in (0, 16):  # no longer right, and right again
+        assert chooser.learn(3, [outcome(first[0], late, 1)], []) == []
+        gone = np.array([chooser.entries.id_of[first[0]]])
+        assert chooser.difficulty.given_up(gone).all() and chooser.difficulty.num_alive(gone) == 0
+
+
+def test_a_source_earns_nothing_by_answers_that_were_begun_for_the_policy() -> None:
+    chooser = of(renewal([number(i) for i in range(30)], share=0.5, prompts=2, sources=("go_on",)))
+    chooser.learn(1, [outcome(f"n{i}", 16) for i in range(6)], [])
+    made = chooser.renewed[0].task.task_id
+    begun = outcome(made, 8, 1)
+    begun = replace(begun, choice=replace(begun.choice, prefix=(5, 6)))
+    chooser.learn(2, [outcome(made, 0, 1), begun], [])
+    assert (chooser.renewal.groups["go_on"], chooser.renewal.with_signal["go_on"]) == (1, 0)
+
+
+def test_generators_are_not_asked_for_levels_beyond_theirs() -> None:
+    hard = replace(generate("maths", 10, 5, "train"), level=11, task_id="m")
+    chooser = taught([generate("maths", 10, 6, "train"), hard], {"m": 8}, every=99)
+    assert Frontier(chooser.difficulty, (0.25, 0.75), chooser.renewal.tasks).level("maths") in range(1, 11)
+
+
 def test_no_prompt_on_the_held_out_side_is_ever_made() -> None:
     chooser = of(renewal([number(i) for i in range(40)], prompts=40, share=0.9))
     for version in range(1, 5):
