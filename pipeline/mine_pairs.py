@@ -78,7 +78,7 @@ def mine_pairs(
     newest = max((row["step"] for row in rows), default=0)
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
-        if row["step"] > newest - last_steps:
+        if row["step"] > max(0, newest - last_steps):  # 0: of no step, discarded or lost
             groups[row["group_id"]].append(row)
 
     dropped: Counter[str] = Counter()

@@ -69,6 +69,14 @@ def test_only_the_last_steps_are_mined():
     assert len(mine(old + new, last_steps=11).pairs) == 2
 
 
+def test_what_no_step_trained_on_is_never_mined_however_short_the_run():
+    """A group that was lost stands beside the one that took its place, under the same name."""
+    lost = [answer(None, step=0), answer(None, step=0)]
+    kept = [answer(1.0, step=2), answer(0.0, step=2)]
+    mined = mine(lost + kept, last_steps=10)
+    assert (mined.num_groups, mined.num_ungraded, len(mined.pairs)) == (1, 0, 1)
+
+
 def test_one_pair_a_task_and_the_corner_case_wins():
     wrong = [answer(1.0, group_id="a", step=9), answer(0.0, group_id="a", step=9)]
     broken = [answer(1.0, group_id="b"), answer(0.0, group_id="b", reason="no final answer")]
