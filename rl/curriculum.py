@@ -93,17 +93,20 @@ class Curriculum:
         self.renewal = renewal
         self.renewed: list[NewTask] = []  # added by the last `learn`
         self.difficulty = Difficulty(entries, rules.difficulty)
-        sizes = dict(zip(entries.domains, np.bincount(entries.domain).tolist()))
-        self.mix = DomainMix(entries.domains, rules.domain_floor, sizes if rules.domain_turns == "by_size" else None)
+        self.mix = DomainMix(entries.domains, rules.domain_floor)
         self.prefixes = Prefixes(rules.band[0])
         self.sampled: Counter[str] = Counter()  # entry → groups begun with it
         self.answer_tokens: dict[str, float] = {}  # domain → mean length of its answers of late
         self.kept_groups, self.sampled_groups = KEPT_AT_FIRST, SAMPLED_AT_FIRST  # of late
-        self._ids_of = self._by_domain()
         self._open = np.zeros(len(entries), np.int32)  # choices that are planned and not yet learnt from
+        self._look_at_entries()
 
-    def _by_domain(self) -> list[Ids]:
-        return [np.nonzero(self.entries.domain == domain)[0] for domain in range(len(self.entries.domains))]
+    def _look_at_entries(self) -> None:
+        """What depends on which entries there are."""
+        domains = range(len(self.entries.domains))
+        self._ids_of: list[Ids] = [np.nonzero(self.entries.domain == domain)[0] for domain in domains]
+        if self.rules.domain_turns == "by_size":
+            self.mix.sizes = {name: len(ids) for name, ids in zip(self.entries.domains, self._ids_of)}
 
     @property
     def turns(self) -> int:
@@ -263,7 +266,7 @@ class Curriculum:
             self.entries.add({one.task.task_id: (one.task.domain, one.task.level) for one in new})
             self.difficulty.grow()
             self._open = np.append(self._open, np.zeros(len(new), np.int32))
-            self._ids_of = self._by_domain()
+            self._look_at_entries()
 
     def domain_of(self, entry: str) -> str:
         return self.entries.domains[self.entries.domain[self.entries.id_of[entry]]]

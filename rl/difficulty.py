@@ -310,7 +310,7 @@ class Difficulty:
         return StateChange(name, STATES[before], STATES[after], reason)
 
     def _watch_neighbours(self) -> None:
-        (parked,) = np.nonzero((self.state == PARKED) & (self.due > self.version))
+        (parked,) = np.nonzero((self.state == PARKED) & (self.due > self.version) & (self.due < NEVER))
         if len(parked):
             risen = self.neighbour_rate(parked) >= self.watched[parked] + self.rules.retest_rise
             self.due[parked[risen]] = self.version
@@ -320,18 +320,19 @@ class Difficulty:
         due = ids[self.due[ids] <= self.version]
         return due[np.argsort(self.due[due], kind="stable")]
 
-    def retired(self, ids: Ids) -> Ids:
-        """Those of these entries that are retired and not given up, the longest retired first."""
-        ids = ids[(self.state[ids] == RETIRED) & (self.due[ids] < NEVER)]
-        return ids[np.argsort(self.due[ids], kind="stable")]
+    def set_aside(self, ids: Ids) -> Ids:
+        """Those of these entries that are retired, then those that are parked, the longest first; none that is given
+        up."""
+        ids = ids[(self.state[ids] > ACTIVE) & (self.due[ids] < NEVER)]
+        return ids[np.lexsort((self.due[ids], self.state[ids] == PARKED))]
 
     def give_up(self, ids: Ids) -> None:
-        """These retired entries are never tested again."""
+        """These entries, which are retired or parked, are never tested again."""
         self.due[ids] = NEVER
 
     def given_up(self, ids: Ids | int) -> npt.NDArray[np.bool_]:
-        """Which of these entries are retired for good."""
-        return (self.state[ids] == RETIRED) & (self.due[ids] == NEVER)
+        """Which of these entries are set aside for good."""
+        return (self.state[ids] > ACTIVE) & (self.due[ids] == NEVER)
 
     def num_alive(self, ids: Ids) -> int:
         """How many of these entries are not given up."""

@@ -21,13 +21,12 @@ FASTEST = 1.5  # change of a weight in one step: the share of a step of few grou
 
 
 class DomainMix:
-    def __init__(self, domains: Sequence[str], floor: float, sizes: Mapping[str, int] | None = None) -> None:
-        """`floor`: share of trained tokens that each domain gets at least that gives any; 0: none. `sizes`: turns are
-        in proportion to these; None: all domains have as many."""
+    def __init__(self, domains: Sequence[str], floor: float) -> None:
+        """`floor`: share of trained tokens that each domain gets at least that gives any; 0: none."""
         if floor * len(domains) > 1.0:
             raise ValueError(f"a floor of {floor:g} for each of {len(domains)} domains is more than there is")
         self.domains, self.floor = list(domains), floor
-        self.sizes = {domain: sizes[domain] if sizes else 1 for domain in domains}
+        self.sizes = dict.fromkeys(domains, 1)  # turns are in proportion to these
         self.weights = dict.fromkeys(domains, 1.0)
         self.credit = dict.fromkeys(domains, 0.0)
         self.tokens = dict.fromkeys(domains, 0.0)  # trained, fading

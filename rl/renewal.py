@@ -7,7 +7,8 @@ what they teach. No torch, ray or vllm.
       mutations       `rewards/mutations.py` of prompts that the policy mostly solves: a verifier knows the new answer
     a prompt is refused that is in the pool, or near one that is held out (by words that none of the pool's own prompts
     has: those are a data set's wording), that does not fit, or for which the pool has no room: synthetic prompts are at
-    most a given share of it. One that is retired gives its place to a new one, and is never tested again
+    most a given share of it. Where there is no room, one that is retired gives its place to a new one, then one that
+    is parked, and is never tested again
     admitted, it is new to the curriculum like any other, which finds out how hard it is, retires it or parks it
 
 Deterministic: what is made at a version depends on the seed and on what was learnt until then.
@@ -107,9 +108,9 @@ class Renewal:
         rng = random.Random(f"{self.seed}/renewal/{version}")
         frontier = Frontier(difficulty, self.rules.band, self.tasks)
         ids = np.array([difficulty.entries.id_of[name] for name in self.made], np.int64)
-        room, outgrown = self.room - difficulty.num_alive(ids), difficulty.retired(ids)
+        room, set_aside = self.room - difficulty.num_alive(ids), difficulty.set_aside(ids)
         found: list[NewTask] = []
-        for _ in range(min(self.rules.prompts, room + len(outgrown))):
+        for _ in range(min(self.rules.prompts, room + len(set_aside))):
             promise = {source: self._promise(source, rng) for source in self.rules.sources}
             # One that cannot make any of what the pool holds learns nothing of itself: the next one is asked.
             best_first = sorted(promise, key=lambda source: -promise[source])
@@ -119,7 +120,7 @@ class Renewal:
                 break
             self._admit(new)
             found.append(new)
-        difficulty.give_up(outgrown[: max(0, len(found) - room)])
+        difficulty.give_up(set_aside[: max(0, len(found) - room)])
         return found
 
     def _promise(self, source: str, rng: random.Random) -> float:

@@ -24,7 +24,8 @@ def test_a_heavier_domain_is_spread_over_the_batch():
 
 
 def test_turns_may_follow_the_size_of_the_domains():
-    mix = DomainMix(["a", "b", "c"], 0.0, {"a": 6, "b": 3, "c": 1})
+    mix = DomainMix(["a", "b", "c"], 0.0)
+    mix.sizes = {"a": 6, "b": 3, "c": 1}
     assert Counter(mix.assign(20)) == {"a": 12, "b": 6, "c": 2}
     mix.weights["c"] = 3.0  # for its floor's sake
     assert Counter(mix.assign(120)) == {"a": 60, "b": 30, "c": 30}

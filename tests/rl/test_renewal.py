@@ -150,6 +150,37 @@ def test_the_wording_of_a_data_set_is_near_nothing() -> None:
     assert overlap.reason(next(one for one in near if split_of(one) == "train")) == "held out"
 
 
+def test_prompts_that_are_too_hard_make_room_after_those_that_are_too_easy() -> None:
+    """And do not come back when their neighbours rise."""
+    source = renewal([number(i) for i in range(30)], share=0.25, prompts=10)
+    cells = {name: (task.domain, task.level) for name, task in source.tasks.items()}
+    chooser = curriculum(cells, renewal=source, band=(0.25, 0.75), retire_above=0.9, park_below=0.1, retest_every=50)
+    chooser.learn(1, [outcome(f"n{i}", 16) for i in range(6)], [])
+    first = [new.task.task_id for new in chooser.renewed]
+    chooser.learn(2, [outcome(name, 0 if i < 4 else 16, 1) for i, name in enumerate(first[:6])], [])
+    ids = np.array([chooser.entries.id_of[name] for name in first])
+    assert len(chooser.renewed) == 6
+    assert chooser.difficulty.given_up(ids).tolist() == [True] * 6 + [False] * 4
+    chooser.learn(3, [outcome(name, 16, 2) for name in first[6:]], [])
+    chooser.learn(99, [], [])
+    assert not set(chooser.difficulty.due_now(ids)) & set(ids[:6])
+
+
+def test_turns_by_size_count_the_prompts_that_were_added() -> None:
+    tasks = [number(i) for i in range(30)] + [
+        replace(number(i), domain="other", task_id=f"o{i}") for i in range(30, 40)
+    ]
+    source = renewal(tasks, share=0.5, prompts=20, sources=("go_on",))
+    cells = {name: (task.domain, task.level) for name, task in source.tasks.items()}
+    chooser = curriculum(cells, renewal=source, domain_turns="by_size")
+    assert chooser.mix.sizes == {"sums": 30, "other": 10}
+    chooser.learn(1, [outcome(f"n{i}", 16) for i in range(30)], [])
+    assert chooser.mix.sizes == {"sums": 50, "other": 10}
+    again = curriculum(cells, renewal=renewal(tasks, share=0.5, prompts=20, sources=("go_on",)), domain_turns="by_size")
+    again.restore(chooser.state())
+    assert again.mix.sizes == chooser.mix.sizes
+
+
 def test_a_prompt_that_was_on_its_way_when_its_place_was_taken_does_not_come_back() -> None:
     chooser = of(renewal([number(i) for i in range(30)], share=0.25, prompts=10))
     chooser.learn(1, [outcome(f"n{i}", 16) for i in range(6)], [])
