@@ -120,7 +120,9 @@ def spread(values: list[float], unit: str, most: float) -> str:
         return f"not by {most:,.0f} {unit}"
 
     def text(value: float) -> str:
-        return f"{value:,.0f}" if value < float("inf") else f"not by {most:,.0f}"
+        if value == float("inf"):
+            return f"not by {most:,.0f}"
+        return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
     middle = f"{text(statistics.median_low(values))} {unit}"
     return middle if len(values) == 1 else f"{middle} ({text(values[0])}–{text(values[-1])})"

@@ -33,7 +33,7 @@ def test_a_score_that_falls_again_does_not_count_as_reached():
 
 
 def test_one_seed_that_never_gets_there_is_told_and_none_stands_for_the_others():
-    assert curves.spread([5.0], "k", 9.0) == "5 k"
+    assert curves.spread([5.0], "k", 9.0) == "5 k" and curves.spread([2.28, 12.4], "k", 20.0) == "2.3 k (2.3–12)"
     assert curves.spread([5.0, 6.0, float("inf")], "k", 9.0) == "6 k (5–not by 9)"
     assert curves.spread([float("inf")] * 2, "k", 9.0) == "not by 9 k"
 
