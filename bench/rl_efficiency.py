@@ -76,7 +76,9 @@ LEVERS: dict[str, dict[str, Any]] = {
     "fresh_answers": {"max_staleness": 2},
     "domain_turns": {"curriculum": {"domain_turns": "by_size"}},
     "floors": {"curriculum": {"domain_floor": 0.0}},
-    "labels": {},  # every prompt is of one domain and of no level: what is known of one says nothing of others
+    # Every prompt is of one domain and of no level: what is known of one speaks for those as long, or for all alike.
+    "labels": {},
+    "labels_and_lengths": {"curriculum": {"length_classes": 1}},
     "muon": {"optimizer": "adamw", "learning_rate": 5.0e-4, "rate_scales": {"head": 4.0}},  # AdamW's best rates
     "head_rate": {"learning_rate": 5.0e-4, "rate_scales": {}},  # the best rate for both
 }
@@ -120,7 +122,7 @@ def run(
         place = folder / pool / f"{arm}{label}" / f"seed{seed}"
         changes = yaml.safe_load(settings) or {}
         start = efficiency_pools.starting_point(folder, pool)
-        examples = efficiency_pools.pool_file(folder, pool, labels=not arm.endswith("-labels"))
+        examples = efficiency_pools.pool_file(folder, pool, labels="-labels" not in arm)
         of_trl = SHARED[pool] | TRL_OPTIONS | TRL_TUNED[pool]
         asked = of_trl | PEERS[arm] if arm in PEERS else stage_of(arm, pool)
         asked = changed(asked, changes)

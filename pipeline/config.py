@@ -307,6 +307,10 @@ class CurriculumSettings(Section):
         8.0, description="answers that a prompt borrows from others of its domain and level, until it is known how "
         "alike those are; 0: none, ever"
     )  # fmt: skip
+    length_classes: PositiveInt = Field(
+        10, description="classes by length, of a domain's prompts whose level is unknown: those of one class tell of "
+        "each other, as those of a level do; 1: all of a domain alike"
+    )  # fmt: skip
     ordered_levels: bool = Field(
         True, description="no level of a domain is easier than those below it: what is known of one bounds the others"
     )
@@ -522,6 +526,7 @@ class OnlineRlStage(Stage):
             idle["curriculum.prefix_share"] = "no generated task comes twice"
             idle["curriculum.renew"] = "the curriculum draws generated tasks without end, of every level"
             idle["curriculum.neighbour_strength"] = "each level of generated tasks is measured as a whole"
+            idle["curriculum.length_classes"] = "generated tasks have levels"
         if self.max_staleness == 0:
             idle["curriculum.replay_steps"] = "at max_staleness 0 every token of an earlier step is too old"
         return idle

@@ -11,18 +11,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from pipeline import own_class
 from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks, OnlineRlStage, TaskSource
 from pipeline.data import load_tasks
 from pipeline.errors import DataError
 from pipeline.stage import StageContext
-from rewards.task import Task
+from rewards.task import UNKNOWN_LEVEL, Task
 from rl.band import reachable_band
 from rl.curriculum import GATES, SAMPLERS, Curriculum, CurriculumRules
 from rl.difficulty import DifficultyRules, Entries
 from rl.renewal import Renewal, RenewalRules
 
 HARDEST, EASIEST = 5.0, 1.0  # a judge's scores: `judges/verdict.py`
+CLASS_PROMPTS = 20  # at least, of a class by length
 TURN_SEEDS = 2**64  # generated tasks of a slot's turns are that far apart: further than slots of any run
 REDRAW_SEEDS = 2**96  # and those drawn in the place of one that does not fit, further than turns
 PROBES, REDRAWS = 8, 256  # a level is left out where fewer than half of so many tasks fit; then one of so many does
@@ -92,7 +95,7 @@ def curriculum_of(
             f"{domains} domains is more than there is; write at most {math.floor(1000 / domains) / 1000:g}"
         )
     judged = judged_rates(pool, context.inputs[settings.judge] / "verdicts.parquet") if settings.judge else None
-    entries = Entries(pool.cells, endless=pool.endless, judged=judged)
+    entries = Entries(cells_of(pool, settings.length_classes), endless=pool.endless, judged=judged)
     sampler = SAMPLERS.get(settings.sampler) or own_class.load(settings.sampler)
     gate = GATES.get(settings.gate) or own_class.load(settings.gate)
     renewal = None
@@ -104,6 +107,23 @@ def curriculum_of(
         )  # fmt: skip
         renewal = Renewal(renewal_rules, pool.tasks, held_out_prompts(context), fits, context.seed)
     return Curriculum(entries, rules, sampler(rules), gate(rules), context.seed, renewal)
+
+
+def cells_of(pool: Pool, length_classes: int) -> dict[str, tuple[str, int]]:
+    """The pool's cells, those of prompts of unknown level divided by length: what can be learnt from is often found
+    among prompts of a length. Each domain's classes are as large as each other, level -1 the shortest."""
+    cells, unknown = dict(pool.cells), defaultdict(list)
+    for name, (domain, level) in pool.cells.items():
+        if name in pool.tasks and level == UNKNOWN_LEVEL:
+            unknown[domain].append(name)
+    for domain, names in unknown.items():
+        count = min(length_classes, len(names) // CLASS_PROMPTS)
+        if count > 1:
+            lengths = [len(pool.tasks[name].prompt) for name in names]
+            edges = np.quantile(lengths, np.arange(1, count) / count)
+            classes = np.searchsorted(edges, lengths, side="right").tolist()
+            cells |= {name: (domain, -1 - found) for name, found in zip(names, classes)}
+    return cells
 
 
 def held_out_prompts(context: StageContext) -> Iterator[str]:

@@ -66,7 +66,8 @@ class Entries:
     def __init__(
         self, cells: Mapping[str, tuple[str, int]], *, endless: bool = False, judged: Mapping[str, float] | None = None
     ) -> None:
-        """`cells`: entry → (domain, level). `endless`: an entry never runs dry, and may be drawn more than once a step.
+        """`cells`: entry → (domain, level); levels of 1 and above are in order, others only tell entries apart.
+        `endless`: an entry never runs dry, and may be drawn more than once a step.
         `judged`: entry → pass rate that its judged difficulty stands for."""
         if not cells:
             raise ValueError("a pool needs at least one entry")
@@ -86,7 +87,7 @@ class Entries:
 
     def _easier(self) -> Ids:
         """Of each cell, the one a level below, or -1."""
-        cell_ids = {cell: i for i, cell in enumerate(self.cells) if cell[1] != UNKNOWN_LEVEL}
+        cell_ids = {cell: i for i, cell in enumerate(self.cells) if cell[1] > UNKNOWN_LEVEL}
         return np.array([cell_ids.get((domain, level - 1), -1) for domain, level in self.cells])
 
     def _ladders(self) -> list[Ids]:
@@ -94,7 +95,7 @@ class Entries:
         any difficulty."""
         ladders = [
             sorted(
-                (i for i, (of, level) in enumerate(self.cells) if of == domain and level != UNKNOWN_LEVEL),
+                (i for i, (of, level) in enumerate(self.cells) if of == domain and level > UNKNOWN_LEVEL),
                 key=lambda i: self.cells[i][1],
             )
             for domain in self.domains

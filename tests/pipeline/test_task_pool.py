@@ -15,7 +15,15 @@ from stages import asked, fits, stage
 from pipeline.config import DatasetTasks, EvaluateStage, GeneratedTasks, OnlineRlStage
 from pipeline.data import Example, write_examples
 from pipeline.errors import DataError
-from pipeline.task_pool import Pool, curriculum_of, curriculum_rules, held_out_prompts, judged_rates, task_pool
+from pipeline.task_pool import (
+    Pool,
+    cells_of,
+    curriculum_of,
+    curriculum_rules,
+    held_out_prompts,
+    judged_rates,
+    task_pool,
+)
 from rewards.task import Task, split_of
 
 
@@ -83,6 +91,24 @@ def test_prompts_near_any_held_out_one_are_kept_out_however_few_are_evaluated(tm
     context = SimpleNamespace(recipe=SimpleNamespace(stages=[stage(), score]), seed=1)
     expected = {row["prompt"] for row in rows if split_of(row["prompt"]) == "held_out"}
     assert set(held_out_prompts(context)) == expected and len(expected) > 1
+
+
+def test_prompts_of_unknown_level_are_told_apart_by_length() -> None:
+    def of_length(length: int, level: int = 0, domain: str = "maths") -> Task:
+        return replace(asked("x" * length), task_id=f"{domain}{level}/{length}", level=level, domain=domain)
+
+    tasks = [of_length(n) for n in range(1, 101)] + [of_length(7, level=3)] + [of_length(n, 0, "code") for n in (1, 90)]
+    pool = Pool(
+        cells={one.task_id: (one.domain, one.level) for one in tasks}, task_of=lambda *_: None,
+        tasks={one.task_id: one for one in tasks},
+    )  # fmt: skip
+    cells = cells_of(pool, 4)
+    assert [cells[f"maths0/{n}"][1] for n in (1, 25, 26, 50, 51, 75, 76, 100)] == [-1, -1, -2, -2, -3, -3, -4, -4]
+    assert cells["maths3/7"] == ("maths", 3) and cells["code0/1"] == cells["code0/90"] == ("code", 0), "too few"
+    assert set(cells_of(pool, 99).values()) >= {("maths", -5)} and ("maths", -6) not in cells_of(pool, 99).values()
+    assert cells_of(pool, 1) == pool.cells
+    chosen = curriculum_of(stage(length_classes=4), pool, SimpleNamespace(inputs={}, seed=1), fits)
+    assert chosen.entries.cells[0] == ("maths", -1) and not chosen.entries.ladders, "a class is no rung"
 
 
 def test_a_judges_scores_become_pass_rates(tmp_path: Path) -> None:
