@@ -24,7 +24,7 @@ STYLE = (
 TABLE_WIDTH = 200
 EASY = (1, 2)  # levels
 FIT_POINTS = 6  # a curve of fewer is not fitted
-PICTURED = ("A", "A+head_rate", "B", "C", "Cadam")
+PICTURED = ("A", "A+head_rate", "B", "C", "C-labels")
 
 Curve = list[dict[str, Any]]  # its first point: the model that the run began with, at no tokens
 Curves = dict[str, dict[str, list[Curve]]]  # pool → arm → one a seed
