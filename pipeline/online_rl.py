@@ -14,7 +14,7 @@ task). A run that was killed goes on from the latter four and from what lies in 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -97,9 +97,6 @@ def run(context: StageContext) -> dict[str, Any]:
             newest = states.newest()
             log = StepLog(context, stage.steps, pool.num_too_long, after=newest[0].protocol.version if newest else 0)
             states.before_publish = log.sync
-            health = HealthMonitor(stage.health_limits())
-            for step in log.steps:  # a resumed run is judged by the same steps as one that was never stopped
-                health.observe(step)
             learner = RemoteLearner(learners, stage.deadline_s)
             loop = AsyncLoop(
                 loop_settings(stage, tuple(stop_token_ids(tokenizer, checkpoint)), shared, checkpoints, context.seed),
@@ -114,13 +111,13 @@ def run(context: StageContext) -> dict[str, Any]:
                 learner,
                 graders,
                 states,
-                health,
+                HealthMonitor(stage.health_limits()),
                 on_step=log.write,
                 on_lost=log.write_lost,
                 on_event=context.emit,
             )
             try:
-                asyncio.run(_run(loop, newest, context))
+                asyncio.run(_run(loop, newest, log.steps, context))
             finally:
                 log.close()
             log.finish()
@@ -146,10 +143,12 @@ def _remove_remains(work: Path) -> None:
             remove(path) if path.is_dir() else path.unlink()
 
 
-async def _run(loop: AsyncLoop, newest: tuple[RunState, Path] | None, context: StageContext) -> None:
+async def _run(
+    loop: AsyncLoop, newest: tuple[RunState, Path] | None, rows: Sequence[Mapping[str, Any]], context: StageContext
+) -> None:
     if newest is not None:
         state, folder = newest
-        await loop.resume(state, str(folder / LEARNER))
+        await loop.resume(state, str(folder / LEARNER), rows)
         version, groups = state.protocol.version, len(state.protocol.ready)
         context.emit("note", text=f"resumed after step {version}, with {groups} finished groups")
     await loop.run()

@@ -26,7 +26,7 @@ import math
 import os
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -169,8 +169,10 @@ class AsyncLoop:
             max_parts=self.curriculum.max_parts, resumed=state,
         )  # fmt: skip
 
-    async def resume(self, state: RunState, learner_state: str) -> None:
-        """Go on from there; before `run`."""
+    async def resume(self, state: RunState, learner_state: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from there; before `run`. `rows`: metrics of the steps before, by which health judges the next ones."""
+        for row in rows:
+            self.health.observe(row)
         await self.learner.load_state(learner_state)
         self.curriculum.restore(state.curriculum)
         self.places = dict(state.places)

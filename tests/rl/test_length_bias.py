@@ -176,7 +176,7 @@ def train(folder: Path, seed: int, max_staleness: int, deaths: Deaths, loop_clas
             on_step=trained.note, on_lost=lambda group: None, on_event=lambda event, **said: None,
         )  # fmt: skip
         if newest := states.newest():
-            await loop.resume(newest[0], str(newest[1] / LEARNER))
+            await loop.resume(newest[0], str(newest[1] / LEARNER), [])
         running = asyncio.ensure_future(loop.run())
         await asyncio.wait({running}, timeout=deaths.after(deaths.of_run_s, rng))
         ended = running.done()

@@ -154,7 +154,8 @@ def run(
 
         async def go():
             if states and (newest := states.newest()):
-                await loop.resume(newest[0], str(newest[1] / LEARNER))
+                rows = [record.metrics for record in records if record.step <= newest[0].protocol.version]
+                await loop.resume(newest[0], str(newest[1] / LEARNER), rows)
             await asyncio.wait_for(loop.run(), 20)
 
         asyncio.run(go())
@@ -473,6 +474,22 @@ class OneStepAhead(EchoGenerator):
         while self.version < step - 1:
             await asyncio.sleep(0)
         return await super().sample(request)
+
+
+def test_a_resumed_run_is_judged_by_the_steps_before_it_too(tmp_path):
+    """Five first steps without signal end a run; later ones do not, on either side of a kill."""
+
+    class Dying(CountingLearner):
+        async def step(self, batch, publish_to=None):
+            if batch.version == 6:
+                raise ConnectionError("killed")
+            return await super().step(batch, publish_to)
+
+    how = dict(steps=12, max_staleness=0, states=RunStates(tmp_path / "state"), save_every=1, records=[])
+    with pytest.raises(ConnectionError):
+        run(EchoGenerator(), Dying(), **how)
+    run(EchoGenerator(), CountingLearner(), grade=lambda task, text: Score(0.0, "wrong"), **how)
+    assert [record.metrics["signal_share"] for record in how["records"]] == [1.0] * 6 + [0.0] * 6
 
 
 def test_a_group_with_signal_is_trained_on_again_until_a_token_of_it_is_too_old():
