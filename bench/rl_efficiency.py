@@ -91,6 +91,9 @@ ALONE: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": "muon"},
     "second_update": {"updates_per_step": 2},
     "small_batches": {"groups_per_step": 4, "group_size": 8, "learning_rate": 5.0e-4},
+    "small_groups": {"groups_per_step": 8, "group_size": 8},  # as many answers as B on `filtered`
+    "decline": {"last_rate_share": 0.2},
+    "max_rl": {"objective": {"advantage": "max_rl"}},
 }
 MORE: dict[str, dict[str, Any]] = {
     "max_rl": {"objective": {"advantage": "max_rl"}},
@@ -98,6 +101,7 @@ MORE: dict[str, dict[str, Any]] = {
     "renewal": {"curriculum": {"renew": {"every_steps": 5}}},
     "knapsack": {"curriculum": {"allocator": "knapsack", "gate": "none"}},
     "replay": {"max_staleness": 2, "curriculum": {"replay_steps": 2}},
+    "prefixes": {"curriculum": {"prefix_share": 0.25}},
     "pools": {"curriculum": {"sampler": "pools"}},
     "dapo": {"curriculum": {"gate": "dapo"}},
     "judge": {"curriculum": {"judge": "keep"}},  # its scores are the prior; it reads prompts and generates nothing
