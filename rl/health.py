@@ -7,19 +7,22 @@ it, and all others after `PATIENCE` steps in a row, end the run. A number that i
 Two kinds of disagreement are kept apart. *Mismatch* is between engine and learner with the same weights: numerics, a
 wrong mask, a broken sync. *Staleness* is between versions, and grows with max_staleness by design.
 
-A run that cannot learn is found in its first steps: see `dead_signal`.
+A run that cannot learn is found in its first steps: see `dead` and `without_signal`. Whether groups have signal is
+judged over FEWEST_GROUPS at least, which may be many steps: with a few slots, left empty where a task is hopeless, a
+step without any is no news.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 PATIENCE = 3  # steps in a row
 DEAD_STEPS = 5  # the first ones, all of them
+FEWEST_GROUPS = 50  # a pool on which one group in thirty has signal can be learnt from
 LONGEST_PERIOD = 8  # tokens of what is said again and again
 TIMES = 4
 
@@ -77,16 +80,32 @@ class HealthMonitor:
         self.past_stop: Counter[str] = Counter()  # metric → steps in a row
         self.resynced: set[str] = set()
         self.warned: set[str] = set()
-        self.steps: list[Mapping[str, Any]] = []  # the first DEAD_STEPS
+        self.first_steps: list[Mapping[str, Any]] | None = []  # until they have been judged
+        self.recent: deque[tuple[int, float]] = deque()  # groups, and those with signal, of the latest steps
 
     def observe(self, metrics: Mapping[str, Any]) -> list[Finding]:
         """What is wrong with this step, the gravest last."""
-        findings = [finding for name in self.limits if (finding := self._judge(name, metrics.get(name)))]
-        if len(self.steps) < DEAD_STEPS:
-            self.steps.append(metrics)
-            if len(self.steps) == DEAD_STEPS and (why := dead_signal(self.steps)):
+        judged = {**metrics, "signal_share": self._recent_signal(metrics)}
+        findings = [finding for name in self.limits if (finding := self._judge(name, judged.get(name)))]
+        if self.first_steps is not None:
+            self.first_steps.append(metrics)
+            seen, groups = len(self.first_steps), sum(map(groups_of, self.first_steps))
+            why = dead(self.first_steps) if seen == DEAD_STEPS else ""
+            if seen >= DEAD_STEPS and groups >= FEWEST_GROUPS:
+                why = why or without_signal(self.first_steps)
+                self.first_steps = None
+            if why:
                 findings.append(Finding("stop", "signal", why))
         return sorted(findings, key=lambda finding: ("warn", "resync", "stop").index(finding.action))
+
+    def _recent_signal(self, metrics: Mapping[str, Any]) -> float | None:
+        """The share of the last FEWEST_GROUPS or a few more; None while there are fewer."""
+        groups = groups_of(metrics)
+        self.recent.append((groups, groups * metrics.get("signal_share", 0.0)))
+        while sum(some for some, _ in self.recent) - self.recent[0][0] >= FEWEST_GROUPS:
+            self.recent.popleft()
+        total = sum(some for some, _ in self.recent)
+        return sum(with_signal for _, with_signal in self.recent) / total if total >= FEWEST_GROUPS else None
 
     def _judge(self, name: str, value: float | None) -> Finding | None:
         if value is None:
@@ -113,6 +132,11 @@ class HealthMonitor:
         return Finding("warn", name, f"{said} {limit.stop:g}")
 
 
+def groups_of(step: Mapping[str, Any]) -> int:
+    groups: int = step.get("groups", 0)
+    return groups
+
+
 def is_looping(token_ids: Sequence[int]) -> bool:
     """Does it end by saying the same thing, of at most LONGEST_PERIOD tokens, TIMES times in a row?"""
     return any(
@@ -121,24 +145,30 @@ def is_looping(token_ids: Sequence[int]) -> bool:
     )
 
 
-def dead_signal(steps: list[Mapping[str, Any]]) -> str:
-    """Why a run whose first steps look like this will never learn; empty if it may."""
+def without_signal(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Why a run whose first steps have no signal will never learn; empty if one had."""
+    if not always(steps, "signal_share", 0.0):
+        return ""
+    rate = sum(step.get("pass_rate", 0.0) for step in steps) / len(steps)
+    return (
+        f"no group has both right and wrong answers (pass rate {rate:.2f}): choose "
+        f"{'harder' if rate > 0.5 else 'easier'} tasks, or look at the verifier"
+    )
 
-    def always(name: str, value: float) -> bool:
-        return all(step.get(name) == value for step in steps)
 
-    if always("truncated_share", 1.0):
+def dead(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Why else a run whose first steps look like this will never learn; empty if it may."""
+    if always(steps, "truncated_share", 1.0):
         return "every answer is cut off: raise max_answer_tokens, or the policy never ends an answer"
-    if always("signal_share", 0.0):
-        rate = sum(step.get("pass_rate", 0.0) for step in steps) / len(steps)
-        return (
-            f"no group has both right and wrong answers (pass rate {rate:.2f}): choose "
-            f"{'harder' if rate > 0.5 else 'easier'} tasks, or look at the verifier"
-        )
-    if always("mask_share", 1.0):
+    if always(steps, "mask_share", 1.0):
         return "the mismatch correction masks every token: engine and learner do not compute the same distribution"
-    if always("grad_norm", 0.0):
+    learnt_from = [step for step in steps if step.get("signal_share") != 0.0]
+    if len(learnt_from) >= PATIENCE and always(learnt_from, "grad_norm", 0.0):
         return "the gradient is zero though groups have signal: nothing reaches the parameters"
     if any(step.get("weights_moved") is False and step["grad_norm"] > 0 for step in steps):
         return "the gradient is not zero, but the published weights do not change: the optimiser moves nothing"
     return ""
+
+
+def always(steps: Sequence[Mapping[str, Any]], name: str, value: float) -> bool:
+    return all(step.get(name) == value for step in steps)

@@ -4,10 +4,20 @@ import math
 
 import pytest
 
-from rl.health import DEAD_STEPS, DEFAULT_LIMITS, PATIENCE, HealthMonitor, Limit, dead_signal, is_looping
+from rl.health import (
+    DEAD_STEPS,
+    DEFAULT_LIMITS,
+    FEWEST_GROUPS,
+    PATIENCE,
+    HealthMonitor,
+    Limit,
+    dead,
+    is_looping,
+    without_signal,
+)
 
 FINE = {"truncated_share": 0.1, "signal_share": 0.5, "mask_share": 0.0, "grad_norm": 1.0, "weights_moved": True,
-        "pass_rate": 0.4}  # fmt: skip
+        "pass_rate": 0.4, "groups": 16}  # fmt: skip
 
 
 def actions(monitor, *values, name="x"):
@@ -54,6 +64,29 @@ def test_a_monitor_that_is_shown_the_steps_before_a_resume_judges_as_one_that_sa
     assert not any(finding.action == "stop" for findings in expected for finding in findings)
 
 
+def test_steps_of_few_groups_are_judged_for_signal_together():
+    """Slots that stay empty on purpose leave many a step without signal: no news, as long as others have it."""
+    monitor = HealthMonitor({"signal_share": Limit(warn=0.1, below=True)})
+    small = FINE | {"groups": 4}
+    none, some = small | {"signal_share": 0.0}, small | {"signal_share": 0.5}
+    assert [monitor.observe(step) for step in [none, none, some] * 10] == [[]] * 30, "one in six on average"
+    # Judged are thirteen steps, 52 groups. Of the last of the thirty before, the 1st, 4th, 7th, … from the end had two
+    # groups with signal: seven more without leave six of them, two such steps, four groups of 52.
+    said = [len(monitor.observe(none)) for _ in range(20)]
+    assert said == [0] * 6 + [1] + [0] * 13
+
+
+def test_a_run_of_few_groups_is_given_enough_of_them_before_it_is_called_dead():
+    monitor = HealthMonitor({})
+    hopeless = FINE | {"groups": 4, "signal_share": 0.0, "pass_rate": 0.0}
+    steps = math.ceil(FEWEST_GROUPS / 4)
+    assert [monitor.observe(hopeless) for _ in range(steps - 1)] == [[]] * (steps - 1) and steps > DEAD_STEPS
+    assert [finding.action for finding in monitor.observe(hopeless)] == ["stop"]
+    patient = HealthMonitor({})
+    once = [hopeless] * (steps - 1) + [FINE | {"groups": 4}]
+    assert [patient.observe(step) for step in once] == [[]] * steps, "it came, late"
+
+
 def test_an_answer_that_says_the_same_thing_again_and_again():
     assert is_looping([5, 6, 7, 7, 7, 7]) and is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 3])
     assert not is_looping([7, 7, 7]) and not is_looping([1, 2, 3, 1, 2, 3, 1, 2, 3, 1, 2, 4]) and not is_looping([])
@@ -77,4 +110,10 @@ def test_a_run_that_cannot_learn_is_stopped_after_its_first_steps(step, told):
     assert finding.action == "stop" and told in finding.text
     assert monitor.observe(FINE | step) == [], "later steps may be like that"
     if "weights_moved" not in step:  # one such step among others proves nothing
-        assert dead_signal([FINE, FINE | step, FINE]) == ""
+        assert dead([FINE, FINE | step, FINE]) == without_signal([FINE, FINE | step, FINE]) == ""
+
+
+def test_steps_without_signal_move_nothing_and_that_is_no_fault():
+    empty = FINE | {"groups": 4, "signal_share": 0.0, "grad_norm": 0.0, "weights_moved": False}
+    assert dead([empty] * DEAD_STEPS) == ""
+    assert "the gradient is zero" in dead([empty] * 2 + [FINE | {"grad_norm": 0.0}] * 3)
