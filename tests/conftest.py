@@ -6,6 +6,7 @@ A test is an integration test exactly when it lies in tests/integration; those r
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,9 @@ hypothesis.settings.load_profile("drover")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two OpenMP processes on one core collapse
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a test that reaches for a hub is wrong: fail at once, not after retries
+
+# A script's background jobs ignore Ctrl-C, and so would what tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNIT_TIMEOUT_S = 180  # a hang guard; a unit test takes well under a second
 INTEGRATION = Path(__file__).parent / "integration"
